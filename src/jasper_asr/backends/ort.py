@@ -1,0 +1,88 @@
+"""onnxruntime on the CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jasper_asr.backends import Shapes
+from jasper_asr.config import ModelConfig, parse_config
+from jasper_asr.errors import ModelError, StorageError
+
+
+class OrtBackend:
+    """An ONNX model that `jasper export` wrote (its metadata carry the config), run by onnxruntime."""
+
+    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
+        self._name = str(model) if isinstance(model, Path) else "<graph>"
+        self._session: Any = _open(model, self._name, threads)
+        properties = self._session.get_modelmeta().custom_metadata_map
+        self.config = _read_config(properties, self._name)
+        self.shapes = self._read_shapes(properties, self.config)
+
+    def run(
+        self, feats: NDArray[np.float32], lens: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """See Backend.run. Raises ModelError when the runtime fails or returns values that are not finite."""
+        try:
+            log_probs, out_lens = self._session.run(["log_probs", "log_prob_lens"], {"feats": feats, "feat_lens": lens})
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises its own kinds for each status
+            raise ModelError(f"{self._name}: onnxruntime failed ({_one_line(error)})") from error
+        # a row's valid part decides; what stands beyond a length is nobody's business
+        if not all(np.isfinite(row[:length]).all() for row, length in zip(log_probs, out_lens, strict=True)):
+            raise ModelError(f"{self._name}: log_probs are not finite; the weights or the precision are unfit")
+        return log_probs, out_lens
+
+    def close(self) -> None:
+        """Drop the session; its memory goes with it."""
+        self._session = None
+
+    def _read_shapes(self, properties: dict[str, str], config: ModelConfig) -> Shapes:
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        outputs = {value.name for value in self._session.get_outputs()}
+        if set(inputs) != {"feats", "feat_lens"} or outputs != {"log_probs", "log_prob_lens"}:
+            raise ModelError(
+                f"{self._name}: inputs are {sorted(inputs)} and outputs {sorted(outputs)}, not feats, feat_lens "
+                "and log_probs, log_prob_lens; make it with jasper export"
+            )
+        batch, bands, frames = inputs["feats"]
+        if bands != config.in_feats:
+            raise ModelError(f"{self._name}: takes {bands} mel bands, its own config says {config.in_feats}")
+        fixed = [size if isinstance(size, int) else None for size in (batch, frames)]
+        return Shapes(fixed[0], fixed[1], properties.get("masked", "true") == "true")
+
+
+def _open(model: Path | bytes, name: str, threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its complaints arrive as exceptions, once
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if isinstance(model, Path):
+        if not model.is_file():
+            raise StorageError(f"{name}: no such file; check the path")
+        if model.stat().st_size == 0:
+            raise ModelError(f"{name}: the file is empty; export it again")
+    try:
+        return onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # noqa: BLE001 - see run
+        raise ModelError(f"{name}: not a model that onnxruntime can load ({_one_line(error)}); export it again") from error
+
+
+def _read_config(properties: dict[str, str], name: str) -> ModelConfig:
+    if "config" not in properties:
+        raise ModelError(f"{name}: carries no jasper config in its metadata; make it with jasper export")
+    try:
+        raw = json.loads(properties["config"])
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{name}: the config in its metadata is not JSON ({error}); export it again") from error
+    return parse_config(raw, name)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

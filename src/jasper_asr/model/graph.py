@@ -1,0 +1,241 @@
+"""(config, weights) -> ONNX, written node by node: no tracing, no torch.
+
+Inputs `feats` float32 [B, n_filt, T] and `feat_lens` int32 [B]; outputs `log_probs` float32 [B, T', n_classes] and
+`log_prob_lens` int32 [B]. Inside, convolutions are 2-D on [B, C, 1, T], which every compiler for NPUs takes as it is.
+BatchNorm is folded in float64; the residuals of a block are one 1x1 convolution over its concatenated panes; lengths
+stay int32; a mask is built once for each time resolution. With `masked=False` the masks are left out: right when every
+utterance is given at its exact length, where padding and zeros beyond the end are the same thing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from jasper_asr._version import __version__
+from jasper_asr.config import BATCH_NORM_EPS, ModelConfig
+from jasper_asr.errors import UsageError
+from jasper_asr.model.checkpoint import BlockLayers, ConvLayer, Weights, block_layers
+
+MIN_OPSET, MAX_OPSET = 11, 21
+_IR_VERSION = {range(11, 13): 7, range(13, 15): 8, range(15, 19): 8, range(19, 21): 9, range(21, 22): 10}
+
+
+def build_graph(
+    config: ModelConfig,
+    weights: Weights,
+    *,
+    batch_size: int | None = None,
+    frames: int | None = None,
+    opset: int = 13,
+    masked: bool = True,
+    provenance: dict[str, str] | None = None,
+) -> onnx.ModelProto:
+    """The network as one self-contained ONNX model.
+
+    `batch_size` and `frames` fix the input's shape; None leaves a dimension open. `provenance` (for instance
+    `checkpoint_sha256`) joins the metadata. Raises UsageError for an opset or a size that cannot be.
+    """
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise UsageError(f"opset {opset}: choose {MIN_OPSET} to {MAX_OPSET}")
+    if (batch_size is not None and batch_size < 1) or (frames is not None and frames < 1):
+        raise UsageError("batch-size and frames must be at least 1")
+    graph = _Graph(opset)
+    builder = _Encoder(graph, config, weights, masked, frames)
+    log_probs = builder.run()
+    graph.nodes.append(helper.make_node("Identity", [log_probs], ["log_probs"]))
+    graph.nodes.append(helper.make_node("Identity", [builder.lens], ["log_prob_lens"]))
+    batch = batch_size or "batch"
+    out_frames = _output_frames(config, frames) if frames else "out_frames"
+    proto = helper.make_graph(
+        graph.nodes,
+        config.name,
+        [
+            helper.make_tensor_value_info("feats", TensorProto.FLOAT, [batch, config.in_feats, frames or "frames"]),
+            helper.make_tensor_value_info("feat_lens", TensorProto.INT32, [batch]),
+        ],
+        [
+            helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, [batch, out_frames, config.n_classes]),
+            helper.make_tensor_value_info("log_prob_lens", TensorProto.INT32, [batch]),
+        ],
+        graph.initializers,
+    )
+    model = helper.make_model(
+        proto,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=next(version for span, version in _IR_VERSION.items() if opset in span),
+        producer_name="jasper-asr",
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, metadata(config, masked) | (provenance or {}))
+    return model
+
+
+def metadata(config: ModelConfig, masked: bool) -> dict[str, str]:
+    """What an exported model says of itself; `config` alone is enough to rebuild the front end and the decoder."""
+    return {
+        "config": json.dumps(config.raw),
+        "convolution": "direct",
+        "masked": str(masked).lower(),
+        "stride": str(config.stride),
+        "labels": json.dumps(config.labels),
+        "jasper_asr_version": __version__,
+    }
+
+
+@dataclass
+class _Graph:
+    """Nodes and initializers under construction; names are the op and a running number."""
+
+    opset: int
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: list[onnx.TensorProto] = field(default_factory=list)
+    _small: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def constant(self, values: NDArray[Any], name: str | None = None) -> str:
+        """Name of an initializer; small equal ones are shared."""
+        key = (values.tobytes(), values.shape, values.dtype.str) if values.size <= 16 else None
+        if key in self._small:
+            return self._small[key]
+        name = name or f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        if key:
+            self._small[key] = name
+        return name
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        output = f"{op}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def unsqueeze(self, value: str, axes: Sequence[int]) -> str:
+        return self._axes_node("Unsqueeze", value, axes)
+
+    def squeeze(self, value: str, axes: Sequence[int]) -> str:
+        return self._axes_node("Squeeze", value, axes)
+
+    def _axes_node(self, op: str, value: str, axes: Sequence[int]) -> str:
+        if self.opset < 13:  # axes became an input in opset 13
+            return self.node(op, value, axes=list(axes))
+        return self.node(op, value, self.constant(np.array(axes, np.int64)))
+
+
+class _Encoder:
+    """Walks the blocks; keeps the current lengths and the mask that belongs to the current time resolution."""
+
+    def __init__(self, graph: _Graph, config: ModelConfig, weights: Weights, masked: bool, frames: int | None) -> None:
+        self.graph = graph
+        self.config = config
+        self.weights = weights
+        self.masked = masked
+        self.frames = frames
+        self.lens = "feat_lens"
+        self.mask = ""
+
+    def run(self) -> str:
+        graph = self.graph
+        value = graph.unsqueeze("feats", [2])
+        self.mask = self.build_mask(value)
+        panes = [self.masked_value(value)]
+        blocks = block_layers(self.config)
+        for index, (block, layers) in enumerate(zip(self.config.blocks, blocks, strict=True)):
+            out = self.block(panes, layers)
+            # the last block feeds the 1x1 decoder, which looks at no neighbours
+            out = out if index == len(blocks) - 1 else self.masked_value(out)
+            panes = [*panes, out] if block.residual_dense else [out]
+        weight = self.weights["decoder.layers.0.weight"][:, :, None, :]
+        bias = self.weights["decoder.layers.0.bias"]
+        kernel = graph.constant(weight, "decoder.weight")
+        logits = graph.node("Conv", panes[-1], kernel, graph.constant(bias, "decoder.bias"), kernel_shape=[1, 1])
+        rows = graph.node("Transpose", graph.squeeze(logits, [2]), perm=[0, 2, 1])
+        return graph.node("LogSoftmax", rows, axis=2)
+
+    def block(self, panes: list[str], layers: BlockLayers) -> str:
+        value = panes[-1]
+        for index, repeat in enumerate(layers.repeats):
+            if index:
+                value = self.masked_value(self.graph.node("Relu", value))
+            for position, layer in enumerate(repeat):
+                value = self.convolution(value, layer)
+                if position < len(repeat) - 1 and repeat[position + 1].shape[2] > 1:
+                    value = self.masked_value(value)
+        if layers.residuals:
+            value = self.graph.node("Add", value, self.residual(panes, layers.residuals))
+        return self.graph.node("Relu", value)
+
+    def convolution(self, value: str, layer: ConvLayer) -> str:
+        kernel, bias = folded(self.weights, layer)
+        inputs = [value, self.graph.constant(kernel[:, :, None, :], f"{layer.name}.weight")]
+        if layer.norm:
+            inputs.append(self.graph.constant(bias, f"{layer.name}.bias"))
+        out = self.graph.node(
+            "Conv",
+            *inputs,
+            kernel_shape=[1, layer.shape[2]],
+            pads=[0, layer.padding, 0, layer.padding],
+            strides=[1, layer.stride],
+            dilations=[1, layer.dilation],
+            group=layer.groups,
+        )
+        if layer.stride > 1:
+            self.shorten(out, layer)
+        return out
+
+    def residual(self, panes: list[str], layers: tuple[ConvLayer, ...]) -> str:
+        parts = [folded(self.weights, layer) for layer in layers]
+        kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)[:, :, None, :]
+        bias = np.sum([bias for _, bias in parts], axis=0, dtype=np.float64).astype(np.float32)
+        name = layers[0].name.rsplit(".", 2)[0]
+        value = panes[0] if len(panes) == 1 else self.graph.node("Concat", *panes, axis=1)
+        weight = self.graph.constant(kernel, f"{name}.weight")
+        return self.graph.node("Conv", value, weight, self.graph.constant(bias, f"{name}.bias"), kernel_shape=[1, 1])
+
+    def shorten(self, value: str, layer: ConvLayer) -> None:
+        """Lengths and mask after a strided convolution: (L + 2p - d(k-1) - 1) // s + 1; all terms are >= 0 for L >= 1."""
+        offset = 2 * layer.padding - layer.dilation * (layer.shape[2] - 1) - 1
+        graph = self.graph
+        moved = graph.node("Add", self.lens, graph.constant(np.array(offset, np.int32)))
+        halved = graph.node("Div", moved, graph.constant(np.array(layer.stride, np.int32)))
+        self.lens = graph.node("Add", halved, graph.constant(np.array(1, np.int32)))
+        if self.frames:
+            self.frames = (self.frames + offset) // layer.stride + 1
+        self.mask = self.build_mask(value)
+
+    def build_mask(self, value: str) -> str:
+        """float32 [B, 1, 1, T]: 1 on frames before each utterance's length."""
+        if not self.masked:
+            return ""
+        graph = self.graph
+        if self.frames:
+            positions = graph.constant(np.arange(self.frames, dtype=np.int32), f"positions_{self.frames}")
+        else:
+            shape = graph.node("Shape", value)
+            length = graph.node("Gather", shape, graph.constant(np.array(3, np.int64)), axis=0)
+            zero, one = (graph.constant(np.array(number, np.int64)) for number in (0, 1))
+            positions = graph.node("Cast", graph.node("Range", zero, length, one), to=TensorProto.INT32)
+        inside = graph.node("Less", positions, graph.unsqueeze(self.lens, [1, 2, 3]))
+        return graph.node("Cast", inside, to=TensorProto.FLOAT)
+
+    def masked_value(self, value: str) -> str:
+        return self.graph.node("Mul", value, self.mask) if self.masked else value
+
+
+def folded(weights: Weights, layer: ConvLayer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(kernel [O, I/groups, K], bias [O]) with the BatchNorm after the convolution folded in, computed in float64."""
+    kernel = weights[f"{layer.name}.weight"]
+    if not layer.norm:
+        return kernel, np.zeros(layer.shape[0], np.float32)
+    gamma, beta, mean, var = (
+        weights[f"{layer.norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = gamma / np.sqrt(var + BATCH_NORM_EPS)
+    return (kernel * scale[:, None, None]).astype(np.float32), (beta - mean * scale).astype(np.float32)
+
+
+def _output_frames(config: ModelConfig, frames: int) -> int:
+    return config.output_length(frames)

@@ -1,0 +1,216 @@
+"""Training data: manifests -> a cache of log-mel features on disk -> batches that depend only on (seed, epoch, index)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jasper_asr import audio, features, text
+from jasper_asr.config import ModelConfig, SpecAugmentConfig, SpeedPerturbationConfig
+from jasper_asr.data.manifest import Utterance
+from jasper_asr.errors import JasperError, ManifestError
+from jasper_asr.train import augment
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """features float32 [B, n_filt, T] zero beyond lens; targets are the utterances' label ids one after the other."""
+
+    features: NDArray[np.float32]
+    lens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    target_lens: NDArray[np.int64]
+    seconds: float
+
+
+class FeatureCache:
+    """Log-mel features before normalisation, float16 [frames, n_filt], of all usable utterances, in one file.
+
+    float16 keeps log-mels to within 2^-6 or better, well below what augmentation changes.
+    """
+
+    def __init__(self, path: Path, offsets: NDArray[np.int64], targets: list[list[int]], n_filt: int) -> None:
+        self._values = np.memmap(path, np.float16, "r").reshape(-1, n_filt)
+        self._offsets = offsets
+        self.targets = targets
+        self.frames = np.diff(offsets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def log_mels(self, index: int) -> NDArray[np.float32]:
+        """float32 [n_filt, frames] of utterance `index`."""
+        rows = self._values[self._offsets[index] : self._offsets[index + 1]]
+        return np.ascontiguousarray(rows.T, np.float32)
+
+
+@dataclass(frozen=True)
+class SkippedUtterance:
+    """An utterance that training leaves out, and why."""
+
+    audio_filepath: str
+    reason: str
+
+
+def build_cache(
+    utterances: Sequence[Utterance], config: ModelConfig, folder: Path, *, jobs: int = 2, progress: Progress | None = None
+) -> tuple[FeatureCache, list[SkippedUtterance]]:
+    """Compute (or find) the features of `utterances` under `folder`.
+
+    The file's name is a hash of the front end and of the rows, so a changed manifest or config makes a new one.
+    Utterances that cannot be read, are outside the config's durations, or have more labels than output frames are
+    skipped and returned. Raises ManifestError when none is left.
+    """
+    stem = _fingerprint(utterances, config)
+    index_path, values_path = folder / f"features-{stem}.json", folder / f"features-{stem}.f16"
+    if not index_path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compute(utterances, config, values_path, index_path, jobs, progress)
+    index = json.loads(index_path.read_text())
+    if not index["targets"]:
+        first = index["skipped"][0] if index["skipped"] else ["", "the manifest is empty"]
+        raise ManifestError(f"{first[0] or 'training manifest'}: no usable utterance; the first was skipped because {first[1]}")
+    cache = FeatureCache(values_path, np.array(index["offsets"], np.int64), index["targets"], config.features.n_filt)
+    return cache, [SkippedUtterance(*row) for row in index["skipped"]]
+
+
+class BatchPlan:
+    """Which utterances make up which batch: every epoch each utterance once, neighbours of similar length together."""
+
+    def __init__(self, frames: NDArray[np.int64], batch_frames: int, seed: int) -> None:
+        self.frames = frames
+        self.batch_frames = batch_frames
+        self.seed = seed
+
+    def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Lists of utterance indices; padded size at most `batch_frames` (a longer utterance is a batch by itself)."""
+        rng = np.random.default_rng([self.seed, epoch])
+        # lengths jittered by 15 % so that batches mix differently every epoch and still pad little
+        order = np.argsort(self.frames * rng.uniform(0.85, 1.15, len(self.frames)), kind="stable")
+        batches: list[NDArray[np.int64]] = []
+        start, longest = 0, 0
+        for end, index in enumerate(order):
+            longest = max(longest, int(self.frames[index]))
+            if end > start and longest * (end - start + 1) > self.batch_frames:
+                batches.append(order[start:end])
+                start, longest = end, int(self.frames[index])
+        batches.append(order[start:])
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def make_batch(
+    cache: FeatureCache, indices: NDArray[np.int64], config: ModelConfig, rng: np.random.Generator, *, noise: float
+) -> Batch:
+    """Augmented, normalised, padded features of `indices`; `noise` is the share of utterances that get noise."""
+    speed = config.train_dataset.speed_perturbation if config.train_dataset else None
+    rows = [_augmented(cache, int(index), config, speed, config.spec_augment, rng, noise) for index in indices]
+    lens = np.array([row.shape[1] for row in rows], np.int64)
+    padded = np.zeros((len(rows), config.features.n_filt, int(lens.max())), np.float32)
+    for target, row in zip(padded, rows, strict=True):
+        target[:, : row.shape[1]] = row
+    labels = [cache.targets[int(index)] for index in indices]
+    hop_seconds = config.features.hop_length / config.features.sample_rate
+    return Batch(
+        features=padded,
+        lens=lens,
+        targets=np.concatenate([np.array(row, np.int64) for row in labels]),
+        target_lens=np.array([len(row) for row in labels], np.int64),
+        seconds=float(lens.sum() * hop_seconds),
+    )
+
+
+def fits(frames: int, targets: Sequence[int], config: ModelConfig) -> bool:
+    """Whether CTC can align: an output frame a label and one more between equal neighbours."""
+    repeats = sum(a == b for a, b in zip(targets, targets[1:], strict=False))
+    return config.output_length(frames) >= len(targets) + repeats
+
+
+def _augmented(
+    cache: FeatureCache,
+    index: int,
+    config: ModelConfig,
+    speed: SpeedPerturbationConfig | None,
+    masks: SpecAugmentConfig | None,
+    rng: np.random.Generator,
+    noise: float,
+) -> NDArray[np.float32]:
+    log_mels = cache.log_mels(index)
+    if speed is not None:
+        tempo, pitch = augment.draw_rate(speed, rng), augment.draw_rate(speed, rng)
+        if not fits(round(log_mels.shape[1] / tempo), cache.targets[index], config):
+            tempo = 1.0
+        log_mels = augment.change_speed(log_mels, tempo, pitch, config.features)
+    if noise and rng.random() < noise:
+        log_mels = augment.add_noise(log_mels, float(rng.uniform(5, 30)), rng)
+    normalised = features.normalize(log_mels)
+    if masks is not None:
+        augment.spec_augment(normalised, masks, rng)
+    return normalised
+
+
+def _fingerprint(utterances: Sequence[Utterance], config: ModelConfig) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(config.features), config.labels, config.stride], default=str).encode())
+    digest.update(json.dumps(asdict(config.train_dataset or config.dataset), default=str).encode())
+    for row in utterances:
+        digest.update(f"{row.audio_path}\t{row.offset}\t{row.duration}\t{row.text}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _compute(
+    utterances: Sequence[Utterance],
+    config: ModelConfig,
+    values_path: Path,
+    index_path: Path,
+    jobs: int,
+    progress: Progress | None,
+) -> None:
+    offsets, targets, skipped = [0], [], []
+    partial = values_path.with_suffix(".part")
+    with partial.open("wb") as out, ThreadPoolExecutor(jobs) as pool:
+        for done, (row, result) in enumerate(zip(utterances, pool.map(lambda u: _prepare(u, config), utterances), strict=True)):
+            if isinstance(result, str):
+                skipped.append((row.audio_filepath, result))
+            else:
+                log_mels, labels = result
+                out.write(np.ascontiguousarray(log_mels.T, np.float16).tobytes())
+                offsets.append(offsets[-1] + log_mels.shape[1])
+                targets.append(labels)
+            if progress:
+                progress(done + 1, len(utterances))
+    os.replace(partial, values_path)
+    temporary = index_path.with_suffix(".part")
+    temporary.write_text(json.dumps({"offsets": offsets, "targets": targets, "skipped": skipped}))
+    os.replace(temporary, index_path)
+
+
+def _prepare(row: Utterance, config: ModelConfig) -> tuple[NDArray[np.float32], list[int]] | str:
+    """(log-mels [n_filt, T], label ids), or the reason for leaving the utterance out."""
+    dataset = config.train_dataset or config.dataset
+    if row.text is None:
+        return "it has no transcript"
+    try:
+        samples = audio.load_audio(row.audio_path, offset=row.offset, duration=row.duration if row.offset else None)
+    except JasperError as error:
+        return str(error)
+    if dataset.trim_silence:
+        samples = audio.trim_silence(samples)
+    seconds = len(samples) / config.features.sample_rate
+    if not dataset.min_duration <= seconds <= dataset.max_duration:
+        return f"its {seconds:.2f} s are outside {dataset.min_duration} to {dataset.max_duration} s"
+    transcript = text.normalize_transcript(row.text, config.labels) if dataset.normalize_transcripts else row.text
+    try:
+        labels = text.encode(transcript, config.labels)
+    except ValueError as error:
+        return str(error)
+    log_mels = features.log_mel(samples, config.features)
+    if not labels or not fits(log_mels.shape[1], labels, config):
+        return f"{len(labels)} labels do not fit its {config.output_length(log_mels.shape[1])} output frames"
+    return log_mels, labels

@@ -1,0 +1,323 @@
+"""The training loop: CTC, AdamW or NovoGrad, EMA, bf16 autocast, DDP under torchrun, and a resume that is exact.
+
+Nothing random lives outside a batch: the order of an epoch depends on (seed, epoch), augmentation and dropout of a
+step on (seed, step). So a run that was killed and resumed takes the very same steps as one that was not.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jasper_asr.config import ModelConfig
+from jasper_asr.errors import ModelError, UsageError
+from jasper_asr.model.net import Jasper
+from jasper_asr.train.dataset import Batch, BatchPlan, FeatureCache, make_batch
+
+Report = Callable[[dict[str, float]], None]
+Validate = Callable[[Path], float]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What `jasper train` can set. Learning rates follow a warm-up, then the schedule down to 1 % at the last step."""
+
+    steps: int = 10_000
+    batch_seconds: float = 128.0
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 1e-3
+    warmup: int = 500
+    schedule: str = "cosine"
+    ema: float = 0.999
+    clip: float = 1.0
+    noise: float = 0.0
+    seed: int = 1
+    bf16: bool = False
+    workers: int = 2
+    save_minutes: float = 3.0
+    validate_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("adamw", "novograd"):
+            raise UsageError(f"optimizer {self.optimizer!r}: use adamw or novograd")
+        if self.schedule not in ("cosine", "poly"):
+            raise UsageError(f"schedule {self.schedule!r}: use cosine or poly")
+        if self.steps < 1 or self.batch_seconds <= 0 or self.lr <= 0:
+            raise UsageError("steps, batch-seconds and lr must be above 0")
+
+
+@dataclass
+class TrainState:
+    """Everything that a resume needs, and nothing else."""
+
+    model: Jasper
+    ema: Jasper
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    best_wer: float = math.inf
+    audio_seconds: float = 0.0
+
+
+def train(
+    config: ModelConfig,
+    cache: FeatureCache,
+    out: Path,
+    options: TrainOptions,
+    *,
+    init: dict[str, Tensor] | None = None,
+    validate: Validate | None = None,
+    report: Report | None = None,
+) -> TrainState:
+    """Train until `options.steps`, from `out/last.pt` if it exists, else from `init` or from scratch.
+
+    Writes `last.pt` every `save_minutes` and at the end, `best.pt` whenever `validate(checkpoint path)` returns a new
+    lowest WER (percent), and one line a report to `log.jsonl`. Raises ModelError when the loss is not finite.
+    """
+    rank, world = _distributed()
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(options.seed)
+    state = _initial_state(config, options, device, init)
+    last = out / "last.pt"
+    if last.exists():
+        load_state(last, state, device)
+    network: nn.Module = state.model
+    if world > 1:
+        network = nn.parallel.DistributedDataParallel(state.model)
+    out.mkdir(parents=True, exist_ok=True)
+    meter, saved_at = _Meter(), time.monotonic()
+    with ThreadPoolExecutor(options.workers) as pool:
+        for batch in _batches(cache, config, options, state.step, rank, world, pool):
+            loss = _step(network, state, batch, options, device)
+            meter.add(loss, batch.seconds)
+            done = state.step == options.steps
+            if rank == 0 and (meter.count == 50 or done):
+                row = meter.row(state, options)
+                _append(out / "log.jsonl", row)
+                if report:
+                    report(row)
+            if rank == 0 and validate and (state.step % options.validate_steps == 0 or done):
+                _validate(config, state, out, validate, report)
+            if rank == 0 and (time.monotonic() - saved_at > options.save_minutes * 60 or done):
+                save_state(last, config, state)
+                saved_at = time.monotonic()
+    return state
+
+
+def learning_rate(step: int, options: TrainOptions) -> float:
+    """Linear warm-up to `lr`, then a cosine or a quadratic polynomial down to 1 % of it at `options.steps`."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
+    shape = (1 + math.cos(math.pi * progress)) / 2 if options.schedule == "cosine" else (1 - progress) ** 2
+    return options.lr * (0.01 + 0.99 * shape)
+
+
+def save_state(path: Path, config: ModelConfig, state: TrainState) -> None:
+    """A checkpoint in NVIDIA's layout, with our config and counters beside; written whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    torch.save(
+        {
+            "step": state.step,
+            "best_wer": state.best_wer,
+            "audio_seconds": state.audio_seconds,
+            "config": json.dumps(config.raw),
+            "state_dict": state.model.state_dict(),
+            "ema_state_dict": state.ema.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+        },
+        temporary,
+    )
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, state: TrainState, device: torch.device) -> None:
+    """Restore what `save_state` wrote. Raises ModelError when it belongs to another network."""
+    saved = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state.model.load_state_dict(saved["state_dict"])
+        state.ema.load_state_dict(saved["ema_state_dict"])
+        state.optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ModelError(f"{path}: cannot resume from it ({cause}); choose another --out") from error
+    state.step, state.best_wer = saved["step"], saved["best_wer"]
+    state.audio_seconds = saved["audio_seconds"]
+
+
+class NovoGrad(torch.optim.Optimizer):
+    """Ginsburg et al., "Stochastic gradient methods with layer-wise adaptive moments", arXiv 1905.11286, algorithm 1.
+
+    The second moment is one number a tensor: the norm of its gradient.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float] = (0.95, 0.25), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                squared = parameter.grad.square().sum()
+                second = squared if not state else beta2 * state["second"] + (1 - beta2) * squared
+                scaled = parameter.grad / (second.sqrt() + group["eps"]) + group["weight_decay"] * parameter
+                moment = scaled if not state else beta1 * state["moment"] + scaled
+                state["second"], state["moment"] = second, moment
+                parameter -= group["lr"] * moment
+
+
+class _Meter:
+    """Means over the steps since the last report."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self.count, self.loss, self.seconds, self.started = 0, 0.0, 0.0, time.monotonic()
+
+    def add(self, loss: float, seconds: float) -> None:
+        self.count, self.loss, self.seconds = self.count + 1, self.loss + loss, self.seconds + seconds
+
+    def row(self, state: TrainState, options: TrainOptions) -> dict[str, float]:
+        row = {
+            "step": state.step,
+            "loss": round(self.loss / self.count, 4),
+            "lr": float(f"{learning_rate(state.step, options):.3e}"),
+            "audio_hours": round(state.audio_seconds / 3600, 3),
+            "times_real_time": round(self.seconds / (time.monotonic() - self.started), 1),
+        }
+        self._reset()
+        return row
+
+
+def _step(network: nn.Module, state: TrainState, batch: Batch, options: TrainOptions, device: torch.device) -> float:
+    torch.manual_seed(options.seed * 1_000_003 + state.step)  # dropout
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, options)
+    network.train()
+    with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+        log_probs, lens = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
+    losses = F.ctc_loss(
+        log_probs.transpose(0, 1),
+        torch.from_numpy(batch.targets).to(device),
+        lens,
+        torch.from_numpy(batch.target_lens).to(device),
+        blank=state.model.config.blank_id,
+        reduction="sum",
+    )
+    loss = losses / int(batch.target_lens.sum())  # per label, so that long and short batches weigh alike
+    state.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
+    if not torch.isfinite(norm):
+        raise ModelError(f"step {state.step}: the loss or its gradient is not finite; lower --lr or raise --warmup")
+    state.optimizer.step()
+    state.step += 1
+    state.audio_seconds += batch.seconds
+    _update_ema(state, options.ema)
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def _update_ema(state: TrainState, decay: float) -> None:
+    decay = min(decay, (1 + state.step) / (10 + state.step))  # the first steps are forgotten fast
+    for mean, value in zip(state.ema.state_dict().values(), state.model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def _batches(
+    cache: FeatureCache,
+    config: ModelConfig,
+    options: TrainOptions,
+    step: int,
+    rank: int,
+    world: int,
+    pool: ThreadPoolExecutor,
+) -> Iterator[Batch]:
+    """Batches of steps `step` to `options.steps`, made ahead by `pool`, in order."""
+    hop_seconds = config.features.hop_length / config.features.sample_rate
+    plan = BatchPlan(cache.frames, int(options.batch_seconds / hop_seconds), options.seed)
+    pending: list[Future[Batch]] = []
+    for number, indices in _schedule(plan, step, options.steps, rank, world):
+        rng = np.random.default_rng([options.seed, number, rank])
+        pending.append(pool.submit(make_batch, cache, indices, config, rng, noise=options.noise))
+        if len(pending) > 2 * options.workers:
+            yield pending.pop(0).result()
+    for future in pending:
+        yield future.result()
+
+
+def _schedule(plan: BatchPlan, first: int, steps: int, rank: int, world: int) -> Iterator[tuple[int, Any]]:
+    """(step, utterance indices) from step `first` on; in each step the ranks take neighbouring batches of the epoch."""
+    step, epoch = 0, 0
+    while step < steps:
+        batches = plan.epoch(epoch)
+        per_rank = max(1, len(batches) // world)
+        for index in range(per_rank):
+            if first <= step < steps:
+                yield step, batches[(index * world + rank) % len(batches)]
+            step += 1
+        epoch += 1
+
+
+def _initial_state(
+    config: ModelConfig, options: TrainOptions, device: torch.device, init: dict[str, Tensor] | None
+) -> TrainState:
+    model, ema = Jasper(config).to(device), Jasper(config).to(device)
+    if init is not None:
+        model.load_state_dict(init)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    kinds = {"adamw": torch.optim.AdamW, "novograd": NovoGrad}
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return TrainState(model, ema, kinds[options.optimizer](groups, lr=options.lr))  # type: ignore[arg-type]
+
+
+def _validate(config: ModelConfig, state: TrainState, out: Path, validate: Validate, report: Report | None) -> None:
+    candidate = out / "candidate.pt"
+    save_state(candidate, config, state)
+    wer = validate(candidate)
+    row = {"step": state.step, "dev_wer": round(wer, 2)}
+    _append(out / "log.jsonl", row)
+    if report:
+        report(row)
+    if wer < state.best_wer:
+        state.best_wer = wer
+        save_state(candidate, config, state)
+        os.replace(candidate, out / "best.pt")
+    candidate.unlink(missing_ok=True)
+
+
+def _append(path: Path, row: dict[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(row) + "\n")
+
+
+def _distributed() -> tuple[int, int]:
+    """(rank, world size); joins the process group when torchrun started us."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("RANK", "0")), world

@@ -1,0 +1,53 @@
+"""`jasper train`: manifests in, checkpoints out; development WER comes from the same Transcriber that users run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jasper_asr.config import ModelConfig
+from jasper_asr.data.manifest import Utterance
+from jasper_asr.train.dataset import Progress, SkippedUtterance, build_cache
+from jasper_asr.train.loop import Report, TrainOptions, TrainState, Validate, train
+
+
+def run_training(
+    config: ModelConfig,
+    utterances: Sequence[Utterance],
+    dev: Sequence[Utterance],
+    out: Path,
+    options: TrainOptions,
+    *,
+    init: Path | None = None,
+    cache_dir: Path | None = None,
+    report: Report | None = None,
+    progress: Progress | None = None,
+) -> tuple[TrainState, list[SkippedUtterance]]:
+    """Train on `utterances`, validate on `dev` (none: no best.pt), write into `out`; see `train.loop.train`.
+
+    `init` is any checkpoint that `load_checkpoint` reads; its weights must fit `config`.
+    """
+    cache, skipped = build_cache(utterances, config, cache_dir or out, jobs=options.workers, progress=progress)
+    weights = _initial_weights(init, config) if init else None
+    validate = _validator(dev) if dev else None
+    return train(config, cache, out, options, init=weights, validate=validate, report=report), skipped
+
+
+def _initial_weights(path: Path, config: ModelConfig) -> dict[str, Any]:
+    import torch
+
+    from jasper_asr.model.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path, config=config)
+    tensors = {name: torch.from_numpy(values.copy()) for name, values in checkpoint.weights.items()}
+    norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
+    return tensors | {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
+
+
+def _validator(dev: Sequence[Utterance]) -> Validate:
+    def word_error_rate(checkpoint: Path) -> float:
+        from jasper_asr import evaluate, transcribe
+
+        with transcribe.load(checkpoint, batch_size=8) as transcriber:
+            return evaluate.evaluate(transcriber, dev).wer
+
+    return word_error_rate
