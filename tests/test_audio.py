@@ -31,14 +31,10 @@ def noise(frames: int, channels: int | None = None, seed: int = 0) -> np.ndarray
 
 def speechlike(frames: int, rate: int = SAMPLE_RATE) -> np.ndarray:
     t = np.arange(frames) / rate
-    return (0.3 * np.sin(2 * np.pi * 220 * t * (1 + 0.1 * np.sin(t))) + 0.05 * noise(frames)).astype(
-        np.float32
-    )
+    return (0.3 * np.sin(2 * np.pi * 220 * t * (1 + 0.1 * np.sin(t))) + 0.05 * noise(frames)).astype(np.float32)
 
 
-def encode(
-    samples: np.ndarray, rate: int = SAMPLE_RATE, format: str = "WAV", subtype: str = "PCM_16", **options
-):
+def encode(samples: np.ndarray, rate: int = SAMPLE_RATE, format: str = "WAV", subtype: str = "PCM_16", **options):
     buffer = io.BytesIO()
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     with soundfile.SoundFile(buffer, "w", rate, channels, subtype, format=format, **options) as file:
@@ -92,9 +88,7 @@ def test_16_khz_passes_through_bit_exactly(tmp_path, format, subtype, tolerance)
     np.testing.assert_allclose(from_path, samples, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("format", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
-)
+@pytest.mark.parametrize(("format", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")])
 def test_lossy_formats_keep_length_and_shape(format, subtype):
     samples = speechlike(48000)
     decoded = load_audio(encode(samples, format=format, subtype=subtype))
@@ -301,8 +295,7 @@ def test_seconds_are_limited_while_decoding(monkeypatch):
     monkeypatch.setattr(audio, "_downmix", lambda block: decoded.append(len(block)) or downmix(block))
     unknown = with_flac_length(encode(noise(160000), format="FLAC"), FLAC_UNKNOWN_LENGTH)
     assert message(AudioError, unknown, limits=AudioLimits(max_seconds=1.0)) == (
-        "<bytes>: goes on, the limit is 1 s; "
-        "cut it, pass offset and duration, or raise AudioLimits.max_seconds"
+        "<bytes>: goes on, the limit is 1 s; cut it, pass offset and duration, or raise AudioLimits.max_seconds"
     )
     assert 16000 < sum(decoded) <= 17000
 
@@ -312,9 +305,7 @@ def test_seconds_limit_is_inclusive_and_counts_only_the_part():
     for channels in (1, 2):
         assert len(load_audio(encode(noise(16000, channels)), limits=limits)) == 16000
     assert len(load_audio((noise(16000), SAMPLE_RATE), limits=limits)) == 16000
-    assert message(AudioError, (noise(16001), SAMPLE_RATE), limits=limits).startswith(
-        "<array>: 1 s to decode,"
-    )
+    assert message(AudioError, (noise(16001), SAMPLE_RATE), limits=limits).startswith("<array>: 1 s to decode,")
     assert len(load_audio(encode(noise(48000)), offset=1.5, duration=1.0, limits=limits)) == 16000
 
 
@@ -404,15 +395,11 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
 
 
 def test_names_that_no_file_can_have(tmp_path):
-    assert message(StorageError, "a\0b.wav") == (
-        "'a\\x00b.wav': cannot be opened (embedded null byte); check the path"
-    )
+    assert message(StorageError, "a\0b.wav") == ("'a\\x00b.wav': cannot be opened (embedded null byte); check the path")
     assert re.fullmatch(
         r"x{300}: cannot be opened \(File name too long\); check the path", message(StorageError, "x" * 300)
     )
-    assert message(StorageError, tmp_path / "two\nlines.wav").endswith(
-        "two\\nlines.wav': no such file; check the path"
-    )
+    assert message(StorageError, tmp_path / "two\nlines.wav").endswith("two\\nlines.wav': no such file; check the path")
 
 
 def test_empty_file(tmp_path):
@@ -548,9 +535,7 @@ def test_flac_of_undeclared_length_is_read_to_its_end():
 def test_damaged_flac():
     data = bytearray(encode(noise(48000), format="FLAC"))
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
-    assert re.match(
-        r"<bytes>: breaks off after \d\.\d\d s \(.*\); copy it again$", message(AudioError, bytes(data))
-    )
+    assert re.match(r"<bytes>: breaks off after \d\.\d\d s \(.*\); copy it again$", message(AudioError, bytes(data)))
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
@@ -785,17 +770,14 @@ def test_write_wav_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with pytest.raises(StorageError) as caught:
         write_wav(path, noise(400))
     assert str(caught.value) == (
-        f"{path}: cannot be written (No space left on device); "
-        "check the folder, its permissions and free space"
+        f"{path}: cannot be written (No space left on device); check the folder, its permissions and free space"
     )
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.wav"]
 
 
 def test_write_wav_errors(tmp_path):
-    with pytest.raises(
-        StorageError, match=r"cannot be written \(No such file or directory\); check the folder"
-    ):
+    with pytest.raises(StorageError, match=r"cannot be written \(No such file or directory\); check the folder"):
         write_wav(tmp_path / "no" / "a.wav", noise(400))
     with pytest.raises(AudioError, match=r"a\.wav: samples are 2-D float32; write \[N\] numbers$"):
         write_wav(tmp_path / "a.wav", noise(400, 2))

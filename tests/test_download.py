@@ -137,9 +137,7 @@ def names(folder):
 
 def test_a_file_arrives_whole_with_its_hashes(site, tmp_path):
     seen = []
-    result = download(
-        site.url(), tmp_path / "new" / "x.bin", md5=MD5.upper(), progress=lambda *args: seen.append(args)
-    )
+    result = download(site.url(), tmp_path / "new" / "x.bin", md5=MD5.upper(), progress=lambda *args: seen.append(args))
     assert (tmp_path / "new" / "x.bin").read_bytes() == BODY
     assert (result.path, result.bytes) == (tmp_path / "new" / "x.bin", len(BODY))
     assert (result.md5, result.sha256, result.verified) == (MD5, SHA256, True)
@@ -410,9 +408,7 @@ def test_redirects_in_a_circle_or_off_the_web_are_refused(site, tmp_path, path):
 def test_only_web_addresses_are_taken(tmp_path, url):
     with pytest.raises(UsageError) as error:
         download(url, tmp_path / "x.bin")
-    assert str(error.value) == (
-        f"{tmp_path / 'x.bin'}: cannot download from {url!r}; give an http or https address"
-    )
+    assert str(error.value) == (f"{tmp_path / 'x.bin'}: cannot download from {url!r}; give an http or https address")
 
 
 def test_a_password_in_the_address_is_not_repeated(tmp_path):
@@ -433,8 +429,7 @@ def test_a_server_that_is_not_there_fails_at_once(site, tmp_path):
     with pytest.raises(DownloadError) as error:
         download("http://127.0.0.1:1/x?key=secret", tmp_path / "x.bin", sleep=naps)
     assert str(error.value) == (
-        f"{tmp_path / 'x.bin'}: cannot reach http://127.0.0.1:1/x (Connection refused); "
-        "check address and network"
+        f"{tmp_path / 'x.bin'}: cannot reach http://127.0.0.1:1/x (Connection refused); check address and network"
     )
     assert naps == []
 

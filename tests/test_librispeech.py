@@ -83,9 +83,7 @@ def flac_row(fname, text, length):
 def test_flacs_are_referred_to_where_they_lie(corpus, tmp_path):
     seen = []
     report = prepare_librispeech(corpus, tmp_path / "m.json", progress=lambda *args: seen.append(args))
-    expected = [
-        flac_row(f"LibriSpeech/{name}.flac", TEXTS[name].lower(), LENGTHS[name]) for name in sorted(TEXTS)
-    ]
+    expected = [flac_row(f"LibriSpeech/{name}.flac", TEXTS[name].lower(), LENGTHS[name]) for name in sorted(TEXTS)]
     assert rows_of(tmp_path / "m.json") == expected
     assert report == PrepareReport(tmp_path / "m.json", 5, sum(LENGTHS.values()) / RATE, 0, 0, 0, False)
     assert seen == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
@@ -153,9 +151,7 @@ def test_wavs_hold_the_samples_of_the_flacs(corpus, tmp_path):
 
 
 def test_speed_variants_have_the_length_of_the_formula(corpus, tmp_path):
-    report = prepare_librispeech(
-        corpus, tmp_path / "m.json", wav_dir=tmp_path / "wav", speeds=[1.1, 0.9, 1.0, 0.9]
-    )
+    report = prepare_librispeech(corpus, tmp_path / "m.json", wav_dir=tmp_path / "wav", speeds=[1.1, 0.9, 1.0, 0.9])
     assert (report.written, report.reused) == (15, 0)
     assert report.seconds == sum(LENGTHS.values()) / RATE
     for row, name in zip(rows_of(tmp_path / "m.json"), sorted(TEXTS), strict=True):
@@ -245,8 +241,7 @@ def test_a_folder_without_transcripts(tmp_path):
     with pytest.raises(ManifestError) as error:
         prepare_librispeech(tmp_path / "empty", tmp_path / "m.json")
     assert str(error.value) == (
-        f"{tmp_path / 'empty'}: holds no *.trans.txt; "
-        "give the LibriSpeech folder, or one of its subsets, unpacked"
+        f"{tmp_path / 'empty'}: holds no *.trans.txt; give the LibriSpeech folder, or one of its subsets, unpacked"
     )
     with pytest.raises(StorageError, match="none: no such folder; give the folder that the archive was"):
         prepare_librispeech(tmp_path / "none", tmp_path / "m.json")
@@ -258,8 +253,7 @@ def test_a_listed_flac_that_is_missing(corpus, tmp_path):
     with pytest.raises(ManifestError) as error:
         prepare_librispeech(corpus, tmp_path / "m.json")
     assert str(error.value) == (
-        f"{chapter / '84-121123.trans.txt'}:2: 84-121123-0001.flac is listed but missing; "
-        "unpack the archive again"
+        f"{chapter / '84-121123.trans.txt'}:2: 84-121123-0001.flac is listed but missing; unpack the archive again"
     )
     assert not (tmp_path / "m.json").exists()
 
@@ -284,12 +278,7 @@ def test_bad_transcripts(corpus, tmp_path, content, message):
 
 def with_frames(flac, frames):
     """The FLAC with another number of samples in its header (36 bits at byte 21 of the file)."""
-    return (
-        flac[:21]
-        + bytes([flac[21] & 0xF0 | frames >> 32])
-        + (frames & 0xFFFFFFFF).to_bytes(4, "big")
-        + flac[26:]
-    )
+    return flac[:21] + bytes([flac[21] & 0xF0 | frames >> 32]) + (frames & 0xFFFFFFFF).to_bytes(4, "big") + flac[26:]
 
 
 @pytest.mark.parametrize(
@@ -399,9 +388,7 @@ def test_a_mirror_with_another_archive_is_refused(mirror, tmp_path):
     url, archive, _ = mirror
     archive.write_bytes(archive.read_bytes()[:-1])
     expected = librispeech.SUBSETS["dev-clean"].md5
-    with pytest.raises(
-        DownloadError, match=rf"dev-clean.tar.gz: md5 is [0-9a-f]{{32}}, expected {expected};"
-    ):
+    with pytest.raises(DownloadError, match=rf"dev-clean.tar.gz: md5 is [0-9a-f]{{32}}, expected {expected};"):
         download_librispeech("dev-clean", tmp_path / "out", mirror=url)
     assert list((tmp_path / "out").iterdir()) == []
 

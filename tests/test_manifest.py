@@ -59,9 +59,7 @@ def test_nemo_row(tmp_path):
 def test_nvidia_row(tmp_path):
     path = array(tmp_path, NVIDIA)
     (utterance,) = read_manifest(path)
-    assert utterance == Utterance(
-        tmp_path / "wav" / "a.wav", "wav/a.wav", "Hello, you", 1.5, 0.0, None, f"{path}:2"
-    )
+    assert utterance == Utterance(tmp_path / "wav" / "a.wav", "wav/a.wav", "Hello, you", 1.5, 0.0, None, f"{path}:2")
 
 
 def test_nvidia_speeds(tmp_path):
@@ -216,9 +214,7 @@ def test_bad_nvidia_row(tmp_path, row, message):
 
 def test_further_bad_rows_are_counted(tmp_path):
     bad = without(NEMO, "text")
-    assert error_of(lines(tmp_path, NEMO, bad, bad)).endswith(
-        ":2: key 'text' is missing; add it (and 1 more bad row)"
-    )
+    assert error_of(lines(tmp_path, NEMO, bad, bad)).endswith(":2: key 'text' is missing; add it (and 1 more bad row)")
     assert error_of(lines(tmp_path, bad, NEMO, bad, 1, {**NEMO, "duration": 0})).endswith(
         ":1: key 'text' is missing; add it (and 3 more bad rows)"
     )

@@ -65,8 +65,7 @@ def weighted_counts(reference, hypothesis):
 
 def counts_of(pairs):
     kinds = Counter(
-        "deletion" if h is None else "insertion" if r is None else "hit" if r == h else "substitution"
-        for r, h in pairs
+        "deletion" if h is None else "insertion" if r is None else "hit" if r == h else "substitution" for r, h in pairs
     )
     return EditCounts(kinds["hit"], kinds["substitution"], kinds["deletion"], kinds["insertion"])
 
@@ -209,10 +208,7 @@ def unrelated_pairs(seed, count=200):
     """Texts that have nothing to do with each other, where the choice among alignments is widest."""
     rng = random.Random(seed)
     draw = [f"w{i}" for i in range(12)]
-    return [
-        (rng.choices(draw, k=rng.randint(5, 25)), rng.choices(draw, k=rng.randint(0, 25)))
-        for _ in range(count)
-    ]
+    return [(rng.choices(draw, k=rng.randint(5, 25)), rng.choices(draw, k=rng.randint(0, 25))) for _ in range(count)]
 
 
 def sclite_command():
@@ -233,12 +229,8 @@ def sclite(pairs, folder):
         lines = [f"{' '.join(pair[side])} (s-{i})\n" for i, pair in enumerate(pairs)]
         (folder / name).write_text("".join(lines))
     files = ["-r", folder / "ref.trn", "-h", folder / "hyp.trn", "-i", "rm", "-o", "pra", "stdout"]
-    report = subprocess.run(
-        [*sclite_command(), *files], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    rows = re.findall(
-        r"^id: \(s-(\d+)\)\nScores: \(#C #S #D #I\) (\d+) (\d+) (\d+) (\d+)$", report, flags=re.MULTILINE
-    )
+    report = subprocess.run([*sclite_command(), *files], capture_output=True, text=True, check=True, timeout=60).stdout
+    rows = re.findall(r"^id: \(s-(\d+)\)\nScores: \(#C #S #D #I\) (\d+) (\d+) (\d+) (\d+)$", report, flags=re.MULTILINE)
     counts = {int(row): EditCounts(*map(int, numbers)) for row, *numbers in rows}
     assert sorted(counts) == list(range(len(pairs)))
     return [counts[i] for i in range(len(pairs))]

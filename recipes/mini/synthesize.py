@@ -443,9 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=1.0, help="hours of speech, all shards together")
     parser.add_argument("--count", type=int, help="at most this many utterances, all shards together")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="part I of N, from 0"
-    )
+    parser.add_argument("--shard", type=parse_shard, default=(0, 1), metavar="I/N", help="part I of N, from 0")
     parser.add_argument("--text", type=Path, required=True, help="sentences, one a line; may be gzipped")
     parser.add_argument("--kokoro-voices", type=Path, help="folder of the style vectors (*.bin)")
     run(parser.parse_args(argv))

@@ -230,9 +230,7 @@ def _array_blocks(
     return rate, blocks
 
 
-def _collect(
-    name: str, blocks: Iterator[np.ndarray], rate: int, sample_rate: int, limits: AudioLimits
-) -> np.ndarray:
+def _collect(name: str, blocks: Iterator[np.ndarray], rate: int, sample_rate: int, limits: AudioLimits) -> np.ndarray:
     """Mono blocks at `rate` joined at `sample_rate`, [N] float32; stops at the first block over the limit."""
     resampler = None
     if rate != sample_rate:
@@ -274,9 +272,7 @@ def _go_to(name: str, sound: Any, first: int) -> None:
     while lead > 0:
         got = len(sound.read(min(_BLOCK, lead), dtype="float32", always_2d=True))
         if got == 0:
-            raise AudioError(
-                f"{name}: offset {first / sound.samplerate:g} s is beyond its end; choose one within it"
-            )
+            raise AudioError(f"{name}: offset {first / sound.samplerate:g} s is beyond its end; choose one within it")
         lead -= got
 
 
@@ -307,9 +303,7 @@ def _part_in_frames(
     if frames >= _UNKNOWN_LENGTH:
         return first, wanted
     if first > 0 and first >= frames:
-        raise AudioError(
-            f"{name}: offset {offset:g} s is beyond its end at {frames / rate:g} s; choose one within it"
-        )
+        raise AudioError(f"{name}: offset {offset:g} s is beyond its end at {frames / rate:g} s; choose one within it")
     wanted = min(wanted, frames - first)
     if wanted > limits.max_seconds * rate:
         raise _too_long(name, limits, f"{wanted / rate:.0f} s to decode")
@@ -363,9 +357,7 @@ def _check_header(name: str, sound: Any, limits: AudioLimits) -> None:
     pattern = r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
     for declared, present in re.findall(pattern, sound.extra_info, re.MULTILINE):
         if int(present) < int(declared) < _STREAMED_SIZE:
-            raise AudioError(
-                f"{name}: is truncated, {present} of {declared} declared bytes are there; copy it again"
-            )
+            raise AudioError(f"{name}: is truncated, {present} of {declared} declared bytes are there; copy it again")
 
 
 def _check_ogg_end(name: str, handle: BinaryIO) -> None:

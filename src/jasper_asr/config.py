@@ -164,7 +164,7 @@ class ModelConfig:
         return length
 
     def receptive_field(self) -> int:
-        """Feature frames that can change one output frame: 1 + sum over convolutions of (k-1) d times the stride so far.
+        """Feature frames that can change one output frame: 1 + the sum over convolutions of (k-1) d (stride so far).
 
         Residual branches are 1x1 and see no more. Jasper 10x5: 1763.
         """
@@ -239,7 +239,11 @@ class _Parser:
         family = self.family(top)
         self.check_keys(top, "", required=("name", "labels", "input_val", family), optional=("input_train",))
         features, dataset, _ = self.input(top["input_val"], "input_val")
-        train: tuple[FeatureConfig | None, DatasetConfig | None, SpecAugmentConfig | None] = (None, None, None)
+        train: tuple[FeatureConfig | None, DatasetConfig | None, SpecAugmentConfig | None] = (
+            None,
+            None,
+            None,
+        )
         if "input_train" in top:
             train = self.input(top["input_train"], "input_train")
         net = self.mapping(top[family], family)
@@ -302,7 +306,11 @@ class _Parser:
         return features, self.build(DatasetConfig, dataset, f"{key}.audio_dataset"), spec_augment
 
     def check_features(self, features: FeatureConfig, key: str) -> None:
-        known: dict[str, tuple[object, ...]] = {"window": ("hann",), "normalize": ("per_feature",), "frame_splicing": (1,)}
+        known: dict[str, tuple[object, ...]] = {
+            "window": ("hann",),
+            "normalize": ("per_feature",),
+            "frame_splicing": (1,),
+        }
         for name, allowed in known.items():
             if getattr(features, name) not in allowed:
                 options = " or ".join(map(str, allowed))
@@ -311,7 +319,9 @@ class _Parser:
             if not getattr(features, name) > 0:
                 raise self.fail(f"key {key}.{name}: must be above 0")
         if not 0 < features.win_length <= features.n_fft:
-            raise self.fail(f"key {key}.n_fft: {features.n_fft} is shorter than the window of {features.win_length} samples")
+            raise self.fail(
+                f"key {key}.n_fft: {features.n_fft} is shorter than the window of {features.win_length} samples"
+            )
 
     def blocks(self, raw: object, key: str) -> tuple[BlockConfig, ...]:
         rows = self.typed(raw, list, key)
@@ -324,7 +334,7 @@ class _Parser:
         for name in ("kernel_size", "stride", "dilation"):  # NVIDIA writes these as lists of one
             if isinstance(row.get(name), list) and len(row[name]) == 1:
                 row[name] = row[name][0]
-        block = self.build(BlockConfig, row, key)
+        block: BlockConfig = self.build(BlockConfig, row, key)
         for name in ("filters", "repeat", "kernel_size", "stride", "dilation"):
             if getattr(block, name) < 1:
                 raise self.fail(f"key {key}.{name}: must be at least 1")
@@ -346,7 +356,7 @@ class _Parser:
         last = config.blocks[-1].filters
         if decoder["in_feats"] != last:
             raise self.fail(
-                f"key {config.family}.decoder.in_feats: {decoder['in_feats']} differs from the last block's {last} filters"
+                f"key {config.family}.decoder.in_feats: {decoder['in_feats']} differs from the last block's {last}"
             )
         if config.in_feats != config.features.n_filt:
             raise self.fail(
@@ -405,7 +415,12 @@ class _Parser:
         return value
 
     def check_keys(
-        self, section: Mapping[str, Any], key: str, *, required: tuple[str, ...], optional: tuple[str, ...] = ()
+        self,
+        section: Mapping[str, Any],
+        key: str,
+        *,
+        required: tuple[str, ...],
+        optional: tuple[str, ...] = (),
     ) -> None:
         """All missing keys first, then all unknown ones, each with its dotted name."""
         dot = f"{key}." if key else ""
@@ -414,7 +429,9 @@ class _Parser:
             raise self.fail(f"missing key {', '.join(missing)}")
         unknown = [f"{dot}{name}" for name in section if name not in required and name not in optional]
         if unknown:
-            raise self.fail(f"unknown key {', '.join(unknown)}; known here: {', '.join(sorted({*required, *optional}))}")
+            raise self.fail(
+                f"unknown key {', '.join(unknown)}; known here: {', '.join(sorted({*required, *optional}))}"
+            )
 
 
 _ARTICLE: dict[type[Any], str] = {int: "a whole number", str: "text", bool: "true or false", list: "a list"}

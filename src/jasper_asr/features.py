@@ -63,7 +63,7 @@ def log_mel(samples: Float32, config: FeatureConfig) -> Float32:
 def normalize(log_mels: Float32) -> Float32:
     """Per band over all frames of [n_filt, T]: (x - mean) / (unbiased std + 1e-5). One frame gives zeros."""
     mean = log_mels.mean(axis=1, keepdims=True, dtype=np.float64)
-    centred = log_mels - mean.astype(np.float32)
+    centred: Float32 = log_mels - mean.astype(np.float32)
     degrees = max(log_mels.shape[1] - 1, 1)  # NVIDIA's std of a single frame is NaN; 0 here
     std = np.sqrt(np.einsum("ft,ft->f", centred, centred, dtype=np.float64) / degrees) + STD_GUARD
     centred /= std[:, None].astype(np.float32)
@@ -136,7 +136,9 @@ def hz_to_mel(hz: float) -> float:
 def mel_to_hz(mel: NDArray[np.float64]) -> NDArray[np.float64]:
     """Frequencies in Hz of Slaney mel values: the inverse of `hz_to_mel`."""
     linear = mel * _HZ_PER_MEL
-    return np.where(mel < _BREAK_MEL, linear, _BREAK_HZ * np.exp(_LOG_STEP * (np.maximum(mel, _BREAK_MEL) - _BREAK_MEL)))
+    return np.where(
+        mel < _BREAK_MEL, linear, _BREAK_HZ * np.exp(_LOG_STEP * (np.maximum(mel, _BREAK_MEL) - _BREAK_MEL))
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:

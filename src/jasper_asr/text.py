@@ -113,9 +113,7 @@ _CURRENCIES = {
 # Lookbehinds keep every search linear in the length of a run of digits.
 _THOUSANDS = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?!,?[0-9])")
 _SIGN_AFTER = re.compile(r"(?<![0-9.])([0-9]+(?:\.[0-9]+)*) ?([£€])(?! ?[0-9.])")
-_MONEY = re.compile(
-    r"([$£€]) ?((?:[0-9]+(?:\.[0-9]+)*)|\.[0-9]+)(?:\s+(hundred|thousand|million|billion|trillion)\b)?"
-)
+_MONEY = re.compile(r"([$£€]) ?((?:[0-9]+(?:\.[0-9]+)*)|\.[0-9]+)(?:\s+(hundred|thousand|million|billion|trillion)\b)?")
 _POINT = re.compile(r"(?<=[0-9])\.(?=[0-9])")
 _GLUED = re.compile(r"(?<=[a-z])(?=[0-9])|(?<=[0-9])(?!(?:st|nd|rd|th)\b)(?!(?<=0)s\b)(?=[a-z])")
 _NUMBER = re.compile(r"([0-9]+)(st|nd|rd|th|s)?")

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from jasper_asr import audio, decode, features
 from jasper_asr.backends import Backend, open_backend
 from jasper_asr.config import ModelConfig
-from jasper_asr.errors import AudioError, JasperError, ModelError, StorageError, UsageError
+from jasper_asr.errors import AudioError, JasperError, UsageError
 
 Float32 = NDArray[np.float32]
 
@@ -81,7 +80,10 @@ class Transcriber:
 
         Rows beyond their length are zero. The result for an utterance does not depend on the others.
         """
-        rows = self._run([self.features(row) for row in samples])
+        feats = [self.features(row) for row in samples]
+        for index, (_, frames) in enumerate(feats):
+            self._check_length(f"<samples {index}>", frames)
+        rows = self._run(feats)
         lens = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros((len(rows), int(lens.max(initial=0)), self.config.n_classes), np.float32)
         for target, row in zip(padded, rows, strict=True):
@@ -90,8 +92,7 @@ class Transcriber:
 
     def transcribe(self, source: Source | Clip) -> Transcript:
         """Transcribe one utterance. Raises AudioError, StorageError or ModelError."""
-        samples = self._read(source)
-        return self._decode([self.features(samples)], [len(samples)])[0]
+        return self._decode([self._prepare(0, source)])[0]
 
     def transcribe_many(
         self, sources: Iterable[Source | Clip], *, progress: Callable[[float], None] | None = None
@@ -125,33 +126,38 @@ class Transcriber:
 
     def _chunk(self, sources: list[Source | Clip], progress: Callable[[float], None] | None) -> list[Result]:
         results: list[Result | None] = [None] * len(sources)
-        ready: list[tuple[int, tuple[Float32, int], int]] = []
+        ready: list[_Ready] = []
         for index, source in enumerate(sources):
             try:
-                samples = self._read(source)
-                ready.append((index, self.features(samples), len(samples)))
+                ready.append(self._prepare(index, source))
             except JasperError as error:
                 results[index] = Failure(error)
-        ready.sort(key=lambda item: item[1][1])
+        ready.sort(key=lambda item: item.frames)
         for start in range(0, len(ready), self.batch_size):
             batch = ready[start : start + self.batch_size]
-            outcome = self._batch([item[1] for item in batch], [item[2] for item in batch])
-            for (index, _, samples_count), result in zip(batch, outcome, strict=True):
-                results[index] = result
+            for item, result in zip(batch, self._batch(batch), strict=True):
+                results[item.index] = result
                 if progress:
-                    progress(samples_count / self.config.features.sample_rate)
+                    progress(item.seconds)
         return [result for result in results if result is not None]
 
-    def _batch(self, feats: list[tuple[Float32, int]], sizes: list[int]) -> Sequence[Result]:
+    def _batch(self, batch: list["_Ready"]) -> list[Result]:
+        """Results of a batch; if it fails, each utterance is tried alone, so that only the guilty ones fail."""
         try:
-            return self._decode(feats, sizes)
+            return list(self._decode(batch))
         except JasperError as error:
-            if len(feats) == 1:
+            if len(batch) == 1:
                 return [Failure(error)]
-        return [self._batch([feat], [size])[0] for feat, size in zip(feats, sizes, strict=True)]
+        return [result for item in batch for result in self._batch([item])]
 
-    def _read(self, source: Source | Clip) -> Float32:
+    def _prepare(self, index: int, source: Source | Clip) -> "_Ready":
         clip = source if isinstance(source, Clip) else Clip(source)
+        samples = self._read(clip)
+        feats, frames = self.features(samples)
+        name = str(clip.source) if isinstance(clip.source, str | PathLike) else "<audio>"
+        return _Ready(index, name, feats, frames, len(samples) / self.config.features.sample_rate)
+
+    def _read(self, clip: Clip) -> Float32:
         samples = audio.load_audio(
             clip.source,
             offset=clip.offset,
@@ -161,12 +167,24 @@ class Transcriber:
         )
         return audio.trim_silence(samples) if self.trim_silence else samples
 
-    def _decode(self, feats: list[tuple[Float32, int]], sizes: list[int]) -> list[Transcript]:
-        rate = self.config.features.sample_rate
+    def _decode(self, batch: list["_Ready"]) -> list[Transcript]:
+        for item in batch:
+            self._check_length(item.name, item.frames)
+        rows = self._run([(item.feats, item.frames) for item in batch])
         return [
-            Transcript(decode.greedy(row, len(row), self.config.labels), size / rate)
-            for row, size in zip(self._run(feats), sizes, strict=True)
+            Transcript(decode.greedy(row, len(row), self.config.labels), item.seconds)
+            for item, row in zip(batch, rows, strict=True)
         ]
+
+    def _check_length(self, name: str, frames: int) -> None:
+        shapes, stride = self._backend.shapes, self.config.features.window_stride
+        if shapes.frames and frames > shapes.frames:
+            raise AudioError(
+                f"{name}: {frames * stride:g} s of audio, the model takes {shapes.frames * stride:g} s; "
+                "split it, or use a model exported without --frames"
+            )
+        if shapes.frames and not shapes.masked and frames != shapes.frames:
+            raise AudioError(f"{name}: this unmasked model takes just {shapes.frames} frames; use a masked one")
 
     def _run(self, feats: list[tuple[Float32, int]]) -> list[Float32]:
         """Valid log_probs [T', n_classes] of each utterance, through batches that the backend's shapes allow."""
@@ -175,24 +193,16 @@ class Transcriber:
         rows: list[Float32] = []
         for start in range(0, len(feats), max(size, 1)):
             part = feats[start : start + size]
-            packed, lens = self._pack(part, shapes.batch_size or len(part))
-            log_probs, out_lens = self._backend.run(packed, lens)
-            rows += [row[:length] for row, length in zip(log_probs, out_lens[: len(part)], strict=False)]
+            log_probs, lens = self._backend.run(*self._pack(part, shapes.batch_size or len(part)))
+            rows += [log_probs[index, : lens[index]] for index in range(len(part))]
         return rows
 
     def _pack(self, feats: list[tuple[Float32, int]], batch_size: int) -> tuple[Float32, NDArray[np.int32]]:
         """[B, n_filt, T] and lens; rows that only fill up a fixed batch have one silent frame."""
         shapes = self._backend.shapes
-        longest = max(length for _, length in feats)
-        frames = shapes.frames or (max(feat.shape[1] for feat, _ in feats) if shapes.masked else longest)
-        if longest > frames:
-            limit = frames * self.config.features.window_stride
-            raise AudioError(
-                f"the audio has {longest} frames, the model takes {frames} ({limit:g} s); "
-                "split it, or export a model without --frames"
-            )
-        if not shapes.masked and shapes.frames and any(length != frames for _, length in feats):
-            raise ModelError("an unmasked model of fixed length takes only audio of exactly that length")
+        # without masks, zeros beyond the end would be taken for sound: cut to the valid frames
+        widest = max(feat.shape[1] if shapes.masked else length for feat, length in feats)
+        frames = shapes.frames or widest
         packed = np.zeros((batch_size, self.config.in_feats, frames), np.float32)
         lens = np.ones(batch_size, np.int32)
         for index, (feat, length) in enumerate(feats):
@@ -201,7 +211,15 @@ class Transcriber:
         return packed, lens
 
 
-BUILTIN_MODELS = {"mini": Path(__file__).parent / "models" / "mini" / "weights.safetensors"}
+@dataclass(frozen=True)
+class _Ready:
+    """An utterance on its way through a batch: features, their valid frames, and where its result belongs."""
+
+    index: int
+    name: str
+    feats: Float32
+    frames: int
+    seconds: float
 
 
 def load(
@@ -223,24 +241,15 @@ def load(
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}: must be at least 1")
-    path = BUILTIN_MODELS[str(model)] if str(model) in BUILTIN_MODELS else Path(model)
-    if not path.exists():
-        names = ", ".join(BUILTIN_MODELS)
-        raise StorageError(f"{path}: no such model; give a file, or one of the built-in names ({names})")
+    from jasper_asr.model.checkpoint import load_checkpoint
+    from jasper_asr.model.export import graph_bytes, resolve_model
+
+    path = resolve_model(model)
     if path.suffix == ".onnx":
         opened = open_backend(backend, path, threads=threads)
     else:
+        # alone and at its exact length an utterance needs no masks
         masked = batch_size > 1 or pad_to is not None
-        opened = open_backend(backend, _graph_bytes(path, config, weights, masked), threads=threads)
+        checkpoint = load_checkpoint(path, config=config, weights=weights)
+        opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads)
     return Transcriber(opened, batch_size=batch_size, trim_silence=trim_silence, pad_to=pad_to)
-
-
-def _graph_bytes(path: Path, config: ModelConfig | None, weights: str, masked: bool) -> bytes:
-    from jasper_asr.model.checkpoint import load_checkpoint
-    from jasper_asr.model.graph import build_graph
-
-    if path.suffix not in (".pt", ".pth", ".safetensors"):
-        raise ModelError(f"{path}: unknown kind of model; give .onnx, .pt or .safetensors")
-    checkpoint = load_checkpoint(path, config=config, weights=weights)
-    serialized: bytes = build_graph(checkpoint.config, checkpoint.weights, masked=masked).SerializeToString()
-    return serialized

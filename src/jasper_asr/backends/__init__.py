@@ -36,9 +36,7 @@ class Backend(Protocol):
     def shapes(self) -> Shapes:
         """Shapes that `run` takes."""
 
-    def run(
-        self, feats: NDArray[np.float32], lens: NDArray[np.int32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """feats float32 [B, n_filt, T], lens int32 [B] -> (log_probs float32 [B, T', n_classes], lens int32 [B])."""
 
     def close(self) -> None:

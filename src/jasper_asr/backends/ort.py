@@ -18,17 +18,15 @@ class OrtBackend:
     def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
         self._name = str(model) if isinstance(model, Path) else "<graph>"
         self._session: Any = _open(model, self._name, threads)
-        properties = self._session.get_modelmeta().custom_metadata_map
-        self.config = _read_config(properties, self._name)
-        self.shapes = self._read_shapes(properties, self.config)
+        self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.config = _read_config(self.properties, self._name)
+        self.shapes = self._read_shapes(self.properties, self.config)
 
-    def run(
-        self, feats: NDArray[np.float32], lens: NDArray[np.int32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """See Backend.run. Raises ModelError when the runtime fails or returns values that are not finite."""
         try:
             log_probs, out_lens = self._session.run(["log_probs", "log_prob_lens"], {"feats": feats, "feat_lens": lens})
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises its own kinds for each status
+        except Exception as error:  # onnxruntime raises its own kinds for each status
             raise ModelError(f"{self._name}: onnxruntime failed ({_one_line(error)})") from error
         # a row's valid part decides; what stands beyond a length is nobody's business
         if not all(np.isfinite(row[:length]).all() for row, length in zip(log_probs, out_lens, strict=True)):
@@ -70,8 +68,10 @@ def _open(model: Path | bytes, name: str, threads: int | None) -> Any:
         return onnxruntime.InferenceSession(
             str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # noqa: BLE001 - see run
-        raise ModelError(f"{name}: not a model that onnxruntime can load ({_one_line(error)}); export it again") from error
+    except Exception as error:  # see run
+        raise ModelError(
+            f"{name}: not a model that onnxruntime can load ({_one_line(error)}); export it again"
+        ) from error
 
 
 def _read_config(properties: dict[str, str], name: str) -> ModelConfig:

@@ -272,9 +272,7 @@ class _Transfer:
                 raise _BrokenTransferError("the file on the server has changed")
             return offset, total
         if response.status not in (200, 203):
-            raise DownloadError(
-                f"{self.path}: HTTP {response.status} from {_shown(self.url)}; check the address"
-            )
+            raise DownloadError(f"{self.path}: HTTP {response.status} from {_shown(self.url)}; check the address")
         length = response.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
 
@@ -497,9 +495,7 @@ def _unpack(archive: Path, folder: Path, progress: Progress | None, max_bytes: i
                 for member in tar:
                     total += member.size
                     if total > max_bytes:
-                        raise DownloadError(
-                            f"{archive}: unpacks to more than {max_bytes} bytes; not unpacked"
-                        )
+                        raise DownloadError(f"{archive}: unpacks to more than {max_bytes} bytes; not unpacked")
                     _unpack_member(archive, tar, member, folder)
                     if progress:
                         progress(raw.tell(), _size(archive))

@@ -174,9 +174,7 @@ def _find_utterances(root: Path) -> tuple[list[_Utterance], int]:
             if audio in utterances:
                 raise ManifestError(f"{path}:{number}: {name} is listed twice; remove one of the lines")
             if audio not in files:
-                raise ManifestError(
-                    f"{path}:{number}: {audio.name} is listed but missing; unpack the archive again"
-                )
+                raise ManifestError(f"{path}:{number}: {audio.name} is listed but missing; unpack the archive again")
             utterances[audio] = _Utterance(audio, words)
     unlisted = sum(path.suffix == ".flac" and path not in utterances for path in files)
     return sorted(utterances.values(), key=lambda utterance: utterance.audio.as_posix()), unlisted
@@ -342,9 +340,7 @@ def _relative(path: Path, base: Path) -> str:
     return Path(near).as_posix()
 
 
-def _check_speeds(
-    manifest: Path, speeds: Sequence[float], wav_dir: str | os.PathLike[str] | None
-) -> list[float]:
+def _check_speeds(manifest: Path, speeds: Sequence[float], wav_dir: str | os.PathLike[str] | None) -> list[float]:
     """The factors in rising order, each once, without 1 (the original is always there)."""
     for speed in speeds:
         if not 0.5 <= speed <= 2.0:
@@ -354,9 +350,7 @@ def _check_speeds(
     return sorted({float(speed) for speed in speeds} - {1.0})
 
 
-def _map(
-    function: Callable[[_Utterance], _Prepared], items: Iterable[_Utterance], jobs: int
-) -> Iterator[_Prepared]:
+def _map(function: Callable[[_Utterance], _Prepared], items: Iterable[_Utterance], jobs: int) -> Iterator[_Prepared]:
     """Results in order. Threads do: decoding, resampling and writing all release the interpreter's lock."""
     if jobs <= 1:
         yield from map(function, items)

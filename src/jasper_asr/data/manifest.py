@@ -206,9 +206,7 @@ def _torn(what: str) -> _BadRowError:
 def _not_json(error: Exception) -> _BadRowError:
     if isinstance(error, json.JSONDecodeError):
         where = f"line {error.lineno} " if error.lineno > 1 else ""
-        return _BadRowError(
-            f"is not JSON: {error.msg} at {where}column {error.colno}; mend or remove the row"
-        )
+        return _BadRowError(f"is not JSON: {error.msg} at {where}column {error.colno}; mend or remove the row")
     return _BadRowError("is not JSON: a number too long or brackets too deep; mend or remove the row")
 
 
@@ -332,9 +330,7 @@ def _type(value: object) -> str:
     return "null" if value is None else _TYPES.get(type(value), "an object")
 
 
-def _resolver(
-    manifest: Path, audio_root: str | os.PathLike[str] | None, allow_outside_root: bool
-) -> _Resolve:
+def _resolver(manifest: Path, audio_root: str | os.PathLike[str] | None, allow_outside_root: bool) -> _Resolve:
     """A function from a key and its path as spelled to the path below the root."""
     if audio_root is not None and not os.path.isdir(audio_root):
         raise StorageError(f"{audio_root}: is not a folder; give the folder that holds the audio")

@@ -73,15 +73,22 @@ def block_layers(config: ModelConfig) -> list[BlockLayers]:
     conv = "mconv" if config.family == "quartznet" else "conv"
     for index, (block, panes) in enumerate(zip(config.blocks, config.residual_panes(), strict=True)):
         prefix = f"encoder.layers.{index}"
-        repeats = []
+        repeats: list[tuple[ConvLayer, ...]] = []
         for repeat in range(block.repeat):
             place = repeat * (5 if block.separable else 4)
             name = f"{prefix}.{conv}"
             if block.separable:
                 depthwise = ConvLayer(
-                    f"{name}.{place}", "", (channels, 1, block.kernel_size), block.stride, block.dilation, channels
+                    f"{name}.{place}",
+                    "",
+                    (channels, 1, block.kernel_size),
+                    block.stride,
+                    block.dilation,
+                    channels,
                 )
-                pointwise = ConvLayer(f"{name}.{place + 1}", f"{name}.{place + 2}", (block.filters, channels, 1), 1, 1, 1)
+                pointwise = ConvLayer(
+                    f"{name}.{place + 1}", f"{name}.{place + 2}", (block.filters, channels, 1), 1, 1, 1
+                )
                 repeats.append((depthwise, pointwise))
             else:
                 shape = (block.filters, channels, block.kernel_size)
@@ -130,7 +137,9 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
     return weights
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, config: ModelConfig | None = None, weights: str = "ema") -> Checkpoint:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, config: ModelConfig | None = None, weights: str = "ema"
+) -> Checkpoint:
     """Read `path` (.pt or .safetensors). `weights` is `ema` or `raw` and matters for .pt only.
 
     Without `config`: the one inside the file, else the .yaml of the same stem or `config.yaml` beside it, else the
@@ -150,7 +159,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, config: ModelConfig | None 
 
 
 def save_safetensors(
-    path: str | os.PathLike[str], config: ModelConfig, weights: Mapping[str, NDArray[Any]], *, half: bool = False
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    weights: Mapping[str, NDArray[Any]],
+    *,
+    half: bool = False,
 ) -> None:
     """Write weights (float16 if `half`) and the config into one .safetensors file, whole or not at all."""
     from safetensors.numpy import save_file
@@ -177,7 +190,9 @@ def _check_readable(path: Path) -> None:
             if not file.read(1):
                 raise ModelError(f"{path}: the file is empty; copy or download it again")
     except OSError as error:
-        raise StorageError(f"{path}: cannot read it ({(error.strerror or str(error)).lower()}); check the path") from error
+        raise StorageError(
+            f"{path}: cannot read it ({(error.strerror or str(error)).lower()}); check the path"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> tuple[Weights, ModelConfig | None]:
@@ -215,7 +230,7 @@ def _torch_load(path: Path) -> Any:
         zipped = file.read(4) == b"PK\x03\x04"  # only this layout can be mapped: the optimiser's state stays on disk
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # noqa: BLE001 - torch raises whatever its unpickler meets
+    except Exception as error:  # torch raises whatever its unpickler meets
         if "Weights only load failed" in str(error) or "weights_only" in str(error):
             cause = "it holds Python objects other than tensors, which could run code"
             raise ModelError(f"{path}: refused, {cause}; save its state_dict alone and try again") from error

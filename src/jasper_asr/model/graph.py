@@ -189,14 +189,14 @@ class _Encoder:
     def residual(self, panes: list[str], layers: tuple[ConvLayer, ...]) -> str:
         parts = [folded(self.weights, layer) for layer in layers]
         kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)[:, :, None, :]
-        bias = np.sum([bias for _, bias in parts], axis=0, dtype=np.float64).astype(np.float32)
+        bias = np.array([bias for _, bias in parts], np.float64).sum(axis=0).astype(np.float32)
         name = layers[0].name.rsplit(".", 2)[0]
         value = panes[0] if len(panes) == 1 else self.graph.node("Concat", *panes, axis=1)
         weight = self.graph.constant(kernel, f"{name}.weight")
         return self.graph.node("Conv", value, weight, self.graph.constant(bias, f"{name}.bias"), kernel_shape=[1, 1])
 
     def shorten(self, value: str, layer: ConvLayer) -> None:
-        """Lengths and mask after a strided convolution: (L + 2p - d(k-1) - 1) // s + 1; all terms are >= 0 for L >= 1."""
+        """Lengths and mask after a strided convolution: (L + 2p - d(k-1) - 1) // s + 1, no term below 0 for L >= 1."""
         offset = 2 * layer.padding - layer.dilation * (layer.shape[2] - 1) - 1
         graph = self.graph
         moved = graph.node("Add", self.lens, graph.constant(np.array(offset, np.int32)))

@@ -67,8 +67,11 @@ class Block(nn.Module):
                 out_lens = conv_lens(out_lens, layer)
             else:
                 out = layer(out)
-        for pane, (conv, norm) in zip(panes[-len(self.res) :] if len(self.res) else [], self.res, strict=True):  # type: ignore[misc]
-            out = out + norm(conv(_mask(pane, lens)))
+        for pane, branch in zip(panes, self.res, strict=False):  # a block without residuals has panes but no res
+            residual = _mask(pane, lens)
+            for layer in branch:  # type: ignore[attr-defined]
+                residual = layer(residual)
+            out = out + residual
         out = self.dropout(F.relu(out))
         return ([*panes, out] if self.config.residual_dense else [out]), out_lens
 
@@ -81,13 +84,22 @@ def conv_lens(lens: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def _convolution(config: BlockConfig, in_channels: int) -> list[nn.Module]:
-    shape = {"stride": config.stride, "padding": config.padding, "dilation": config.dilation, "bias": False}
+    def conv(out_channels: int, groups: int) -> nn.Conv1d:
+        return nn.Conv1d(
+            in_channels,
+            out_channels,
+            config.kernel_size,
+            stride=config.stride,
+            padding=config.padding,
+            dilation=config.dilation,
+            groups=groups,
+            bias=False,
+        )
+
     if not config.separable:
-        convs = [nn.Conv1d(in_channels, config.filters, config.kernel_size, **shape)]
-    else:
-        depthwise = nn.Conv1d(in_channels, in_channels, config.kernel_size, groups=in_channels, **shape)
-        convs = [depthwise, nn.Conv1d(in_channels, config.filters, 1, bias=False)]
-    return [*convs, _batch_norm(config.filters)]
+        return [conv(config.filters, 1), _batch_norm(config.filters)]
+    pointwise = nn.Conv1d(in_channels, config.filters, 1, bias=False)
+    return [conv(in_channels, in_channels), pointwise, _batch_norm(config.filters)]
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm1d:

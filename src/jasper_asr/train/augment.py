@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.config import FeatureConfig, SpecAugmentConfig, SpeedPerturbationConfig
-from jasper_asr.features import hz_to_mel, mel_to_hz
+from jasper_asr.features import LOG_GUARD, hz_to_mel, mel_to_hz
 
 Float32 = NDArray[np.float32]
 
@@ -49,7 +49,8 @@ def add_noise(log_mels: Float32, snr_db: float, rng: np.random.Generator) -> Flo
     shape = np.exp(np.interp(np.arange(bands), np.linspace(0, bands - 1, 5), knots))[:, None]
     level = power.mean() / shape.mean() * 10 ** (-snr_db / 10)
     noise = rng.standard_gamma(3.0, (bands, frames), dtype=np.float32) / np.float32(3)
-    return np.log(power + noise * (level * shape).astype(np.float32) + np.float32(1e-20))
+    noisy: Float32 = np.log(power + noise * (level * shape).astype(np.float32) + np.float32(LOG_GUARD))
+    return noisy
 
 
 def spec_augment(features: Float32, config: SpecAugmentConfig, rng: np.random.Generator) -> None:
@@ -74,7 +75,7 @@ def _warp_matrix(pitch: float, config: FeatureConfig) -> Float32:
     top = config.highfreq or config.sample_rate / 2
     low, high = hz_to_mel(config.lowfreq), hz_to_mel(top)
     step = (high - low) / (config.n_filt + 1)
-    centres = low + step * np.arange(1, config.n_filt + 1)
+    centres = low + step * np.arange(1, config.n_filt + 1, dtype=np.float64)
     wanted = np.array([hz_to_mel(hz / pitch) for hz in mel_to_hz(centres)])
     position = np.clip((wanted - centres[0]) / step, 0, config.n_filt - 1)
     left = np.minimum(position.astype(np.int64), config.n_filt - 2)

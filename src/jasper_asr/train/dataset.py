@@ -1,4 +1,4 @@
-"""Training data: manifests -> a cache of log-mel features on disk -> batches that depend only on (seed, epoch, index)."""
+"""Training data: manifests -> log-mel features cached on disk -> batches that depend only on the seed and the step."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +33,37 @@ class Batch:
 
 
 class FeatureCache:
-    """Log-mel features before normalisation, float16 [frames, n_filt], of all usable utterances, in one file.
+    """Log-mel features before normalisation of all usable utterances, on disk: float16 [frames, n_filt] a manifest.
 
     float16 keeps log-mels to within 2^-6 or better, well below what augmentation changes.
     """
 
-    def __init__(self, path: Path, offsets: NDArray[np.int64], targets: list[list[int]], n_filt: int) -> None:
-        self._values = np.memmap(path, np.float16, "r").reshape(-1, n_filt)
-        self._offsets = offsets
-        self.targets = targets
-        self.frames = np.diff(offsets)
+    def __init__(self, parts: Sequence["CachePart"], n_filt: int) -> None:
+        self._values = [np.memmap(part.values, np.float16, "r").reshape(-1, n_filt) for part in parts if part.targets]
+        filled = [part for part in parts if part.targets]
+        self._part = np.repeat(np.arange(len(filled)), [len(part.targets) for part in filled])
+        self._start = np.concatenate([part.offsets[:-1] for part in filled])
+        self.frames = np.concatenate([np.diff(part.offsets) for part in filled])
+        self.targets = [labels for part in filled for labels in part.targets]
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def log_mels(self, index: int) -> NDArray[np.float32]:
         """float32 [n_filt, frames] of utterance `index`."""
-        rows = self._values[self._offsets[index] : self._offsets[index + 1]]
+        start = self._start[index]
+        rows = self._values[self._part[index]][start : start + self.frames[index]]
         return np.ascontiguousarray(rows.T, np.float32)
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """Features of one manifest: the file, frame offsets int64 [utterances + 1], label ids, and who was left out."""
+
+    values: Path
+    offsets: NDArray[np.int64]
+    targets: list[list[int]]
+    skipped: list["SkippedUtterance"]
 
 
 @dataclass(frozen=True)
@@ -61,25 +75,26 @@ class SkippedUtterance:
 
 
 def build_cache(
-    utterances: Sequence[Utterance], config: ModelConfig, folder: Path, *, jobs: int = 2, progress: Progress | None = None
+    manifests: Sequence[Sequence[Utterance]],
+    config: ModelConfig,
+    folder: Path,
+    *,
+    jobs: int = 2,
+    progress: Progress | None = None,
 ) -> tuple[FeatureCache, list[SkippedUtterance]]:
-    """Compute (or find) the features of `utterances` under `folder`.
+    """Compute, or find from an earlier run, the features of the utterances of each manifest under `folder`.
 
-    The file's name is a hash of the front end and of the rows, so a changed manifest or config makes a new one.
-    Utterances that cannot be read, are outside the config's durations, or have more labels than output frames are
-    skipped and returned. Raises ManifestError when none is left.
+    A file's name is a hash of the front end and of the rows, so a changed manifest or config makes a new one. Listing
+    a manifest twice doubles its weight. Utterances that cannot be read, are outside the config's durations, or have
+    more labels than output frames are skipped and returned. Raises ManifestError when none is left.
     """
-    stem = _fingerprint(utterances, config)
-    index_path, values_path = folder / f"features-{stem}.json", folder / f"features-{stem}.f16"
-    if not index_path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compute(utterances, config, values_path, index_path, jobs, progress)
-    index = json.loads(index_path.read_text())
-    if not index["targets"]:
-        first = index["skipped"][0] if index["skipped"] else ["", "the manifest is empty"]
-        raise ManifestError(f"{first[0] or 'training manifest'}: no usable utterance; the first was skipped because {first[1]}")
-    cache = FeatureCache(values_path, np.array(index["offsets"], np.int64), index["targets"], config.features.n_filt)
-    return cache, [SkippedUtterance(*row) for row in index["skipped"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [_part(utterances, config, folder, jobs, progress) for utterances in manifests]
+    skipped = [row for part in parts for row in part.skipped]
+    if not any(part.targets for part in parts):
+        reason = f"{skipped[0].audio_filepath}: {skipped[0].reason}" if skipped else "they are empty"
+        raise ManifestError(f"training manifests: no usable utterance ({reason})")
+    return FeatureCache(parts, config.features.n_filt), skipped
 
 
 class BatchPlan:
@@ -107,7 +122,12 @@ class BatchPlan:
 
 
 def make_batch(
-    cache: FeatureCache, indices: NDArray[np.int64], config: ModelConfig, rng: np.random.Generator, *, noise: float
+    cache: FeatureCache,
+    indices: NDArray[np.int64],
+    config: ModelConfig,
+    rng: np.random.Generator,
+    *,
+    noise: float,
 ) -> Batch:
     """Augmented, normalised, padded features of `indices`; `noise` is the share of utterances that get noise."""
     speed = config.train_dataset.speed_perturbation if config.train_dataset else None
@@ -129,7 +149,7 @@ def make_batch(
 
 def fits(frames: int, targets: Sequence[int], config: ModelConfig) -> bool:
     """Whether CTC can align: an output frame a label and one more between equal neighbours."""
-    repeats = sum(a == b for a, b in zip(targets, targets[1:], strict=False))
+    repeats = sum(a == b for a, b in pairwise(targets))
     return config.output_length(frames) >= len(targets) + repeats
 
 
@@ -164,6 +184,18 @@ def _fingerprint(utterances: Sequence[Utterance], config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
+def _part(
+    utterances: Sequence[Utterance], config: ModelConfig, folder: Path, jobs: int, progress: Progress | None
+) -> CachePart:
+    stem = _fingerprint(utterances, config)
+    index_path, values_path = folder / f"features-{stem}.json", folder / f"features-{stem}.f16"
+    if not index_path.exists():
+        _compute(utterances, config, values_path, index_path, jobs, progress)
+    index = json.loads(index_path.read_text())
+    skipped = [SkippedUtterance(*row) for row in index["skipped"]]
+    return CachePart(values_path, np.array(index["offsets"], np.int64), index["targets"], skipped)
+
+
 def _compute(
     utterances: Sequence[Utterance],
     config: ModelConfig,
@@ -175,7 +207,9 @@ def _compute(
     offsets, targets, skipped = [0], [], []
     partial = values_path.with_suffix(".part")
     with partial.open("wb") as out, ThreadPoolExecutor(jobs) as pool:
-        for done, (row, result) in enumerate(zip(utterances, pool.map(lambda u: _prepare(u, config), utterances), strict=True)):
+        for done, (row, result) in enumerate(
+            zip(utterances, pool.map(lambda u: _prepare(u, config), utterances), strict=True)
+        ):
             if isinstance(result, str):
                 skipped.append((row.audio_filepath, result))
             else:

@@ -292,7 +292,7 @@ def _initial_state(
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return TrainState(model, ema, kinds[options.optimizer](groups, lr=options.lr))  # type: ignore[arg-type]
+    return TrainState(model, ema, kinds[options.optimizer](groups, lr=options.lr))
 
 
 def _validate(config: ModelConfig, state: TrainState, out: Path, validate: Validate, report: Report | None) -> None:

@@ -12,7 +12,7 @@ from jasper_asr.train.loop import Report, TrainOptions, TrainState, Validate, tr
 
 def run_training(
     config: ModelConfig,
-    utterances: Sequence[Utterance],
+    manifests: Sequence[Sequence[Utterance]],
     dev: Sequence[Utterance],
     out: Path,
     options: TrainOptions,
@@ -22,11 +22,12 @@ def run_training(
     report: Report | None = None,
     progress: Progress | None = None,
 ) -> tuple[TrainState, list[SkippedUtterance]]:
-    """Train on `utterances`, validate on `dev` (none: no best.pt), write into `out`; see `train.loop.train`.
+    """Train on the utterances of `manifests`, validate on `dev`, write into `out`; see `train.loop.train`.
 
+    Without `dev` there is no best.pt.
     `init` is any checkpoint that `load_checkpoint` reads; its weights must fit `config`.
     """
-    cache, skipped = build_cache(utterances, config, cache_dir or out, jobs=options.workers, progress=progress)
+    cache, skipped = build_cache(manifests, config, cache_dir or out, jobs=options.workers, progress=progress)
     weights = _initial_weights(init, config) if init else None
     validate = _validator(dev) if dev else None
     return train(config, cache, out, options, init=weights, validate=validate, report=report), skipped

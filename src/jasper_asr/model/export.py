@@ -1,0 +1,112 @@
+"""Checkpoint -> .onnx file, and what a model file says of itself."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from jasper_asr.config import ModelConfig
+from jasper_asr.errors import ModelError, StorageError
+from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint, parameter_count
+
+BUILTIN_MODELS = {"mini": Path(__file__).parents[1] / "models" / "mini" / "weights.safetensors"}
+"""Models inside the package, by the name that `--model` takes."""
+
+
+def resolve_model(model: str | os.PathLike[str]) -> Path:
+    """The file of a built-in name or a path. Raises StorageError when there is none, ModelError for an unknown kind."""
+    path = BUILTIN_MODELS.get(os.fspath(model), Path(model))
+    if path.is_dir():
+        raise StorageError(f"{path}: is a folder; give the model file in it")
+    if not path.exists():
+        raise StorageError(f"{path}: no such model; give a file, or a built-in name ({', '.join(BUILTIN_MODELS)})")
+    if path.suffix not in (".onnx", ".pt", ".pth", ".safetensors"):
+        raise ModelError(f"{path}: unknown kind of model; give .onnx, .pt or .safetensors")
+    return path
+
+
+def graph_bytes(checkpoint: Checkpoint, **shape: Any) -> bytes:
+    """The checkpoint as a serialised ONNX model; `shape` goes to `build_graph`."""
+    from jasper_asr.model.graph import build_graph
+
+    provenance = {"checkpoint_sha256": checkpoint.sha256, "weights": checkpoint.kind}
+    proto = build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape)
+    serialized: bytes = proto.SerializeToString()
+    return serialized
+
+
+def export_onnx(
+    model: str | os.PathLike[str],
+    out: Path,
+    *,
+    config: ModelConfig | None = None,
+    weights: str = "ema",
+    batch_size: int | None = None,
+    frames: int | None = None,
+    opset: int = 13,
+    masked: bool = True,
+) -> str:
+    """Write `out` whole or not at all; returns one line that says what was made."""
+    started = time.perf_counter()
+    path = resolve_model(model)
+    if path.suffix == ".onnx":
+        raise ModelError(f"{path}: is an ONNX model already; give a checkpoint")
+    checkpoint = load_checkpoint(path, config=config, weights=weights)
+    content = graph_bytes(checkpoint, batch_size=batch_size, frames=frames, opset=opset, masked=masked)
+    temporary = out.with_name(out.name + ".part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    parameters = parameter_count(checkpoint.config)
+    size, seconds = len(content) / 1e6, time.perf_counter() - started
+    return (
+        f"{checkpoint.config.name}, {parameters:,} parameters, opset {opset}, feats [{batch_size or 'B'}, "
+        f"{checkpoint.config.in_feats}, {frames or 'T'}], {size:,.1f} MB, built in {seconds:.2f} s"
+    )
+
+
+def describe(model: str | os.PathLike[str], *, config: ModelConfig | None = None) -> dict[str, Any]:
+    """Facts about a model file, in the order in which `jasper info` prints them."""
+    path = resolve_model(model)
+    if path.suffix == ".onnx":
+        return _describe_onnx(path)
+    checkpoint = load_checkpoint(path, config=config)
+    extra = {"weights": checkpoint.kind, "checkpoint_sha256": checkpoint.sha256}
+    return _facts(path, checkpoint.config, ["B", checkpoint.config.in_feats, "T"], extra)
+
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    from jasper_asr.backends import open_backend
+
+    backend = open_backend("ort", path)
+    shapes = backend.shapes
+    size = [shapes.batch_size or "B", backend.config.in_feats, shapes.frames or "T"]
+    properties = dict(getattr(backend, "properties", {}))
+    properties.pop("config", None)
+    backend.close()
+    return _facts(path, backend.config, size, {"model_sha256": file_sha256(path)} | properties)
+
+
+def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
+    field = config.receptive_field()
+    stride_ms = config.frame_seconds * 1000
+    classes = config.n_classes
+    facts = {
+        "model": config.name,
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "parameters": parameter_count(config),
+        "blocks": len(config.blocks),
+        "stride": f"{config.stride} feature frames, {stride_ms:g} ms an output frame",
+        "receptive_field": f"{field} feature frames, {field * config.features.window_stride:.2f} s",
+        "inputs": f"feats float32 [{', '.join(map(str, size))}], feat_lens int32 [{size[0]}]",
+        "outputs": f"log_probs float32 [{size[0]}, T', {classes}], log_prob_lens int32 [{size[0]}]",
+        "labels": "".join(config.labels) + f" + blank ({config.blank_id})",
+        "features": (
+            f"{config.features.n_filt} mel bands, {config.features.window_size * 1000:g} ms window, "
+            f"{config.features.window_stride * 1000:g} ms stride, {config.features.sample_rate} Hz"
+        ),
+    }
+    return facts | {key: value for key, value in extra.items() if key not in facts}
