@@ -86,10 +86,15 @@ SETS = {
 }
 
 
+SPOKEN = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
+"""Abbreviations that the engines read out in full, spelt as LibriSpeech spells them."""
+
+
 def transcript(sentence: str) -> str:
     """Lower case; letters, single spaces and the apostrophes that touch a letter."""
     text = re.sub(r"[^a-z']+", " ", sentence.lower().replace("\u2019", "'"))
-    return " ".join(re.sub(r"(?<![a-z])'(?![a-z])", " ", text).split())
+    words = re.sub(r"(?<![a-z])'(?![a-z])", " ", text).split()
+    return " ".join(SPOKEN.get(word, word) for word in words)
 
 
 def read_sentences(path: Path, words: tuple[int, int], held_out: bool) -> list[str]:
