@@ -5,11 +5,13 @@ Results go to stdout; progress, notes and errors go to stderr. Exit codes: 0 ok;
 """
 
 import json
+import math
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,13 +29,20 @@ GATE_FAILED = 7
 DEMO_GATE = (25.0, 0.0)
 """The embedded model must stay below this WER (percent) on the shipped clips; no tolerance on top."""
 
+OPSETS = (11, 21)
+"""What model/graph.py writes; stated again because importing that takes longer than a wrong number deserves."""
+
 
 def main() -> NoReturn:
     """Entry point: turns every expected error into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be text
     try:
-        code = command.main(standalone_mode=False)
-    except click.exceptions.Abort:
+        # not command.main(), which answers a broken pipe and Ctrl-C in its own way
+        with command.make_context("jasper", sys.argv[1:]) as context:
+            code = command.invoke(context)
+    except KeyboardInterrupt:
         _fail("interrupted", 130)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
@@ -43,9 +52,10 @@ def main() -> NoReturn:
     except JasperError as error:
         _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader went away, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritten()
         sys.exit(0)
     except OSError as error:
+        _drop_unwritten()
         _fail(f"{error.filename or 'I/O'}: {(error.strerror or str(error)).lower()}", 5)
     except MemoryError:
         _fail("out of memory; use a smaller --batch-size or shorter audio", 5)
@@ -54,7 +64,10 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    no_args_is_help=False,  # a missing command is one line and exit 2, as every wrong use
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="jasper")
 def command() -> None:
     """Jasper speech models from checkpoint to deployment: transcribe, evaluate, export, train."""
@@ -151,7 +164,7 @@ def transcribe(audio: tuple[Path, ...], layout: str, **options: Any) -> int:
     type=float,
     help="Gate: fail (exit 7) unless WER stays within --tolerance of this percentage.",
 )
-@click.option("--tolerance", type=float, default=0.01, show_default=True, help="Relative: 0.01 is one percent of it.")
+@click.option("--tolerance", type=float, show_default="0.01", help="Relative: 0.01 is one percent of it.")
 def evaluate(
     manifest: tuple[Path, ...],
     audio_root: Path | None,
@@ -161,7 +174,7 @@ def evaluate(
     save_predictions: Path | None,
     report_path: Path | None,
     reference_wer: float | None,
-    tolerance: float,
+    tolerance: float | None,
     **options: Any,
 ) -> int:
     """Word error rate of a model on manifests (NVIDIA's JSON or NeMo's JSON lines), with a gate."""
@@ -169,9 +182,11 @@ def evaluate(
 
     if pad_to_max_duration and max_duration is None:
         raise UsageError("--pad-to-max-duration needs --max-duration")
+    if max_duration is not None and not (math.isfinite(max_duration) and max_duration > 0):
+        raise UsageError(f"--max-duration {max_duration:g}: must be a number of seconds above 0")
+    gate = _gate(reference_wer, tolerance)
     for path in (save_predictions, report_path):
         _check_writable(path)
-    gate = evaluation.Gate(reference_wer, tolerance) if reference_wer is not None else None
     rows = _read_manifests(manifest, audio_root, allow_outside_root)
     pad_to = max_duration if pad_to_max_duration else None
     with (
@@ -179,15 +194,15 @@ def evaluate(
         _progress("evaluating", len(rows), "utterances") as advance,
     ):
         report = evaluation.evaluate(transcriber, rows, max_duration=max_duration, progress=lambda _seconds: advance(1))
-    if save_predictions:
-        evaluation.write_predictions(save_predictions, report)
-    if report_path:
-        evaluation.write_report(report_path, report)
     for item in report.items:
         if item.error:
             _complain(item.error)
     click.echo(f"eval_wer: {report.wer:.2f}")
     _note(_summary(report))
+    if save_predictions:
+        evaluation.write_predictions(save_predictions, report)
+    if report_path:
+        evaluation.write_report(report_path, report)
     return _verdict(report, gate)
 
 
@@ -198,7 +213,7 @@ def evaluate(
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), help="Fix the batch size (default: any).")
 @click.option("--frames", type=click.IntRange(1), help="Fix the number of feature frames (default: any).")
-@click.option("--opset", type=int, default=13, show_default=True)
+@click.option("--opset", type=click.IntRange(*OPSETS), default=13, show_default=True)
 @click.option("--exact-lengths", is_flag=True, help="Leave the masks out: every utterance must fill all frames.")
 def export(
     checkpoint: Path,
@@ -270,9 +285,10 @@ def demo(batch_size: int) -> int:
         with _load(options) as transcriber, _progress("transcribing", len(rows), "clips") as advance:
             report = run_evaluation(transcriber, rows, progress=lambda _seconds: advance(1))
     for row, item in zip(rows, report.items, strict=True):
-        click.echo(f"   {item.audio_filepath} ({row.speaker}, {item.duration:.1f} s, WER {item.wer:.0f} %)")
+        score = f"WER {item.wer:.0f} %" if item.wer is not None else "failed"
+        click.echo(f"   {item.audio_filepath} ({row.speaker}, {item.duration:.1f} s, {score})")
         click.echo(f"     reference   {item.reference}")
-        click.echo(f"     hypothesis  {item.hypothesis}")
+        click.echo(f"     hypothesis  {item.hypothesis if item.error is None else item.error}")
     click.echo(f"\n3. Score     {_summary(report)}")
     gate = Gate(*DEMO_GATE)
     click.echo(f"4. Gate      WER at most {gate.limit:g} %: {'holds' if gate.holds(report) else 'NOT MET'}")
@@ -323,7 +339,11 @@ def train(
     **options: Any,
 ) -> None:
     """Train or fine-tune a model with CTC; run it again to resume. Under torchrun it trains on several devices."""
-    import torch
+    model_config = _named_config(config)
+    manifests = [_read_manifests((path,), audio_root, allow_outside_root) for path in train_manifests]
+    dev = _read_manifests(dev_manifests, audio_root, allow_outside_root)
+
+    import torch  # seconds, which a wrong path above should not cost
 
     from jasper_asr.train.loop import TrainOptions
     from jasper_asr.train.run import run_training
@@ -331,11 +351,9 @@ def train(
     if threads:
         torch.set_num_threads(threads)
     settings = TrainOptions(**options)
-    manifests = [_read_manifests((path,), audio_root, allow_outside_root) for path in train_manifests]
-    dev = _read_manifests(dev_manifests, audio_root, allow_outside_root)
     with _progress("features", None, "utterances") as advance:
         state, skipped = run_training(
-            _named_config(config),
+            model_config,
             manifests,
             dev,
             out,
@@ -356,7 +374,7 @@ def train(
     )
 
 
-@command.group()
+@command.group(no_args_is_help=False)
 def download() -> None:
     """Fetch a corpus or a checkpoint. The only commands that use the network."""
 
@@ -404,7 +422,7 @@ def download_checkpoint(url: str | None, out: Path, sha256: str | None, md5: str
     _note(f"{file.kind}{members}, {file.download.bytes:,} bytes, {checked}")
 
 
-@command.group()
+@command.group(no_args_is_help=False)
 def prepare() -> None:
     """Make manifests."""
 
@@ -437,7 +455,8 @@ def prepare_librispeech(root: Path, manifest: Path, wav_dir: Path | None, speeds
         )
     click.echo(str(report.manifest))
     _note(
-        f"{report.utterances} utterances, {report.seconds / 3600:.2f} h; {report.unlisted} FLACs without transcript left out"
+        f"{report.utterances} utterances, {report.seconds / 3600:.2f} h; "
+        f"{report.unlisted} FLACs without transcript left out"
     )
     if report.outside:
         _note("the audio lies outside the manifest's folder: read it with --allow-outside-root or --audio-root")
@@ -479,12 +498,22 @@ def _summary(report: "ErrorReport") -> str:
     )
 
 
+def _gate(reference_wer: float | None, tolerance: float | None) -> "Gate | None":
+    from jasper_asr.evaluate import Gate
+
+    if reference_wer is None:
+        if tolerance is not None:
+            raise UsageError("--tolerance needs --reference-wer")
+        return None
+    return Gate(reference_wer) if tolerance is None else Gate(reference_wer, tolerance)
+
+
 def _verdict(report: "ErrorReport", gate: "Gate | None") -> int:
     if gate is not None:
         limit = f"{gate.reference_wer:g} % + {gate.tolerance:.1%} = {gate.limit:.4g} %"
         if not gate.holds(report):
             cause = (
-                f"{report.failed} utterances failed" if report.failed else f"WER {report.wer:.2f} % is above {limit}"
+                f"{report.failed} utterances failed" if report.failed else f"WER {report.wer:.4g} % is above {limit}"
             )
             _complain(f"gate not met: {cause}")
             return GATE_FAILED
@@ -545,12 +574,20 @@ def _note(message: str) -> None:
 
 
 def _complain(message: str) -> None:
-    click.echo(f"jasper: error: {message}", err=True)
+    click.echo(f"jasper: error: {' '.join(message.split())}", err=True)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _complain(" ".join(message.split()))
+    _complain(message)
     sys.exit(code)
+
+
+def _drop_unwritten() -> None:
+    """If stdout takes no more, lead it nowhere: the interpreter would try once again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -318,10 +318,19 @@ class _Parser:
         for name in ("sample_rate", "window_size", "window_stride", "n_fft", "n_filt"):
             if not getattr(features, name) > 0:
                 raise self.fail(f"key {key}.{name}: must be above 0")
-        if not 0 < features.win_length <= features.n_fft:
+        for name in ("window_size", "window_stride"):
+            if not 1 <= getattr(features, name) * features.sample_rate < math.inf:
+                raise self.fail(f"key {key}.{name}: {getattr(features, name):g} s is not a sample or more")
+        if features.win_length > features.n_fft:
             raise self.fail(
                 f"key {key}.n_fft: {features.n_fft} is shorter than the window of {features.win_length} samples"
             )
+        low, top = features.lowfreq, features.sample_rate / 2
+        high = features.highfreq or top  # 0 means "all", as it does for NVIDIA
+        if not 0 <= low < high <= top:
+            raise self.fail(f"key {key}.highfreq: mel bands lie within 0 to {top:g} Hz, not {low:g} to {high:g}")
+        if features.pad_to_max_duration and features.max_duration == math.inf:
+            raise self.fail(f"key {key}.pad_to_max_duration: needs a max_duration")
 
     def blocks(self, raw: object, key: str) -> tuple[BlockConfig, ...]:
         rows = self.typed(raw, list, key)
@@ -353,6 +362,7 @@ class _Parser:
     def check_whole(self, config: ModelConfig, encoder: Mapping[str, Any], net: Mapping[str, Any]) -> None:
         decoder = self.mapping(net["decoder"], f"{config.family}.decoder")
         self.check_keys(decoder, f"{config.family}.decoder", required=("in_feats",), optional=("init",))
+        self.typed(decoder.get("init", "xavier_uniform"), str, f"{config.family}.decoder.init")
         last = config.blocks[-1].filters
         if decoder["in_feats"] != last:
             raise self.fail(

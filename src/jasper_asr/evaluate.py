@@ -5,12 +5,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jasper_asr import text
 from jasper_asr.data.manifest import Utterance
-from jasper_asr.errors import ManifestError, UsageError
+from jasper_asr.errors import ManifestError, StorageError, UsageError
 from jasper_asr.transcribe import Clip, Failure, Transcriber
 from jasper_asr.wer import EditCounts, count_char_edits, count_word_edits
 
@@ -32,7 +33,10 @@ class Item:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """Totals over a corpus. Rates are percent of reference words or characters; failed utterances count in none."""
+    """Totals over a corpus. Rates are percent of reference words or characters; failed utterances count in none.
+
+    `utterances` is how many were transcribed; if none was, the rates are 100. `skipped` were over the duration limit.
+    """
 
     wer: float
     cer: float
@@ -107,8 +111,8 @@ def evaluate(
         items.append(_item(row, result.duration, reference, result.text, counts))
     done = [item for item in items if item.error is None]
     return ErrorReport(
-        wer=_percent(words),
-        cer=_percent(chars),
+        wer=_percent(words) if done else 100.0,
+        cer=_percent(chars) if done else 100.0,
         words=words.reference_length,
         errors=words.errors,
         insertions=words.insertions,
@@ -139,7 +143,7 @@ def _item(row: Utterance, duration: float, reference: str, hypothesis: str, coun
         round(duration, 6),
         reference,
         hypothesis,
-        _percent(counts),
+        round(_percent(counts), 2),
         counts.insertions,
         counts.deletions,
         counts.substitutions,
@@ -147,8 +151,8 @@ def _item(row: Utterance, duration: float, reference: str, hypothesis: str, coun
 
 
 def _percent(counts: EditCounts) -> float:
-    """Percent to two decimals; errors against no reference words at all count as 100 (JSON has no infinity)."""
-    return round(100 * counts.rate, 2) if math.isfinite(counts.rate) else 100.0
+    """Errors against no reference words at all count as 100 percent (JSON has no infinity)."""
+    return 100 * counts.rate if math.isfinite(counts.rate) else 100.0
 
 
 def _reference(row: Utterance, transcriber: Transcriber) -> str:
@@ -168,5 +172,9 @@ def _write(path: Path, content: str) -> None:
     try:
         temporary.write_text(content, encoding="utf-8")
         os.replace(temporary, path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StorageError(f"{path}: cannot be written ({reason}); check the folder and free space") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

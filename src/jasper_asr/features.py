@@ -43,18 +43,9 @@ def log_mel(samples: Float32, config: FeatureConfig) -> Float32:
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1 or not len(samples):
         raise ValueError(f"samples must be a non-empty [N] array, not {list(samples.shape)}")
-    window = _window(config.win_length)
-    frames = _frames(_emphasise(samples, config.preemph), config)
-    mel = _mel_filters(config.sample_rate, config.n_fft, config.n_filt, config.lowfreq, config.highfreq).T
-    energies = np.empty((len(frames), config.n_filt), np.float32)
-    for start in range(0, len(frames), _BLOCK_FRAMES):
-        block = slice(start, start + _BLOCK_FRAMES)
-        # NVIDIA centres the 320-sample window in the 512-point FFT; starting it at 0 changes only the phase
-        spectrum = _rfft(frames[block] * window, config.n_fft)
-        power = np.square(spectrum.real)
-        power += np.square(spectrum.imag)
-        np.matmul(power, mel, out=energies[block])
-    np.log(energies + np.float32(LOG_GUARD), out=energies)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error below, not a warning
+        energies = _energies(_emphasise(samples, config.preemph), config)
+        np.log(energies + np.float32(LOG_GUARD), out=energies)
     if not np.isfinite(energies).all():
         raise ValueError("features are not finite: the samples hold NaN, infinity or absurdly large values")
     return np.ascontiguousarray(energies.T)
@@ -79,6 +70,22 @@ def max_duration_frames(config: FeatureConfig) -> int:
 def valid_frames(n_samples: int, config: FeatureConfig) -> int:
     """Valid feature frames of a signal of `n_samples` samples: ceil(N / hop)."""
     return -(-n_samples // config.hop_length)
+
+
+def _energies(samples: Float32, config: FeatureConfig) -> Float32:
+    """Power in each mel band, float32 [ceil(N / hop), n_filt]."""
+    window = _window(config.win_length)
+    frames = _frames(samples, config)
+    mel = _mel_filters(config.sample_rate, config.n_fft, config.n_filt, config.lowfreq, config.highfreq).T
+    energies = np.empty((len(frames), config.n_filt), np.float32)
+    for start in range(0, len(frames), _BLOCK_FRAMES):
+        block = slice(start, start + _BLOCK_FRAMES)
+        # NVIDIA centres the 320-sample window in the 512-point FFT; starting it at 0 changes only the phase
+        spectrum = _rfft(frames[block] * window, config.n_fft)
+        power = np.square(spectrum.real)
+        power += np.square(spectrum.imag)
+        np.matmul(power, mel, out=energies[block])
+    return energies
 
 
 def _emphasise(samples: Float32, preemph: float) -> Float32:

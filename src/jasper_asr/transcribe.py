@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jasper_asr import audio, decode, features
 from jasper_asr.backends import Backend, open_backend
 from jasper_asr.config import ModelConfig
-from jasper_asr.errors import AudioError, JasperError, UsageError
+from jasper_asr.errors import AudioError, JasperError, ModelError, UsageError
 
 Float32 = NDArray[np.float32]
 
@@ -80,10 +80,9 @@ class Transcriber:
 
         Rows beyond their length are zero. The result for an utterance does not depend on the others.
         """
-        feats = [self.features(row) for row in samples]
-        for index, (_, frames) in enumerate(feats):
-            self._check_length(f"<samples {index}>", frames)
-        rows = self._run(feats)
+        names = [f"<samples {index}>" for index in range(len(samples))]
+        feats = [self._finite_features(name, row) for name, row in zip(names, samples, strict=True)]
+        rows = self._run(names, feats)
         lens = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros((len(rows), int(lens.max(initial=0)), self.config.n_classes), np.float32)
         for target, row in zip(padded, rows, strict=True):
@@ -100,7 +99,7 @@ class Transcriber:
         """Results in the order of `sources`; one that cannot be read or run is a Failure and stops nobody else.
 
         With a batch size above 1 neighbours of similar length are run together, so results come in chunks.
-        `progress` is called with the seconds of audio that each finished utterance holds.
+        `progress` is called once for every utterance, with the seconds of audio that it holds: 0 if unreadable.
         """
         chunk_size = self.batch_size * 16 if self.batch_size > 1 else 1
         chunk: list[Source | Clip] = []
@@ -132,6 +131,8 @@ class Transcriber:
                 ready.append(self._prepare(index, source))
             except JasperError as error:
                 results[index] = Failure(error)
+                if progress:
+                    progress(0.0)
         ready.sort(key=lambda item: item.frames)
         for start in range(0, len(ready), self.batch_size):
             batch = ready[start : start + self.batch_size]
@@ -152,25 +153,23 @@ class Transcriber:
 
     def _prepare(self, index: int, source: Source | Clip) -> "_Ready":
         clip = source if isinstance(source, Clip) else Clip(source)
-        samples = self._read(clip)
-        feats, frames = self.features(samples)
         name = str(clip.source) if isinstance(clip.source, str | PathLike) else "<audio>"
-        return _Ready(index, name, feats, frames, len(samples) / self.config.features.sample_rate)
-
-    def _read(self, clip: Clip) -> Float32:
+        rate = self.config.features.sample_rate
         samples = audio.load_audio(
-            clip.source,
-            offset=clip.offset,
-            duration=clip.duration,
-            limits=self.limits,
-            sample_rate=self.config.features.sample_rate,
+            clip.source, offset=clip.offset, duration=clip.duration, limits=self.limits, sample_rate=rate
         )
-        return audio.trim_silence(samples) if self.trim_silence else samples
+        kept = audio.trim_silence(samples) if self.trim_silence else samples
+        return _Ready(index, name, *self._finite_features(name, kept), seconds=len(samples) / rate)
+
+    def _finite_features(self, name: str, samples: Float32) -> tuple[Float32, int]:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found not finite
+                return self.features(samples)
+        except ValueError as error:
+            raise AudioError(f"{name}: {error}; full scale is 1.0") from error
 
     def _decode(self, batch: list["_Ready"]) -> list[Transcript]:
-        for item in batch:
-            self._check_length(item.name, item.frames)
-        rows = self._run([(item.feats, item.frames) for item in batch])
+        rows = self._run([item.name for item in batch], [(item.feats, item.frames) for item in batch])
         return [
             Transcript(decode.greedy(row, len(row), self.config.labels), item.seconds)
             for item, row in zip(batch, rows, strict=True)
@@ -186,15 +185,21 @@ class Transcriber:
         if shapes.frames and not shapes.masked and frames != shapes.frames:
             raise AudioError(f"{name}: this unmasked model takes just {shapes.frames} frames; use a masked one")
 
-    def _run(self, feats: list[tuple[Float32, int]]) -> list[Float32]:
+    def _run(self, names: list[str], feats: list[tuple[Float32, int]]) -> list[Float32]:
         """Valid log_probs [T', n_classes] of each utterance, through batches that the backend's shapes allow."""
         shapes = self._backend.shapes
-        size = shapes.batch_size or (len(feats) if shapes.masked else 1)
+        for name, (_, frames) in zip(names, feats, strict=True):
+            self._check_length(name, frames)
+        # without masks only utterances of equal length can share a batch
+        size = (shapes.batch_size or len(feats)) if shapes.masked or shapes.frames else 1
         rows: list[Float32] = []
         for start in range(0, len(feats), max(size, 1)):
             part = feats[start : start + size]
             log_probs, lens = self._backend.run(*self._pack(part, shapes.batch_size or len(part)))
             rows += [log_probs[index, : lens[index]] for index in range(len(part))]
+        for name, row in zip(names, rows, strict=True):
+            if not np.isfinite(row).all():
+                raise ModelError(f"{name}: log_probs are not finite; the weights or the precision are unfit")
         return rows
 
     def _pack(self, feats: list[tuple[Float32, int]], batch_size: int) -> tuple[Float32, NDArray[np.int32]]:
@@ -241,6 +246,8 @@ def load(
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}: must be at least 1")
+    if pad_to is not None and not 0 < pad_to < float("inf"):
+        raise UsageError(f"pad_to {pad_to}: must be a number of seconds above 0")
     from jasper_asr.model.checkpoint import load_checkpoint
     from jasper_asr.model.export import graph_bytes, resolve_model
 

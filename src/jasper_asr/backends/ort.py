@@ -39,13 +39,21 @@ class OrtBackend:
 
     def _read_shapes(self, properties: dict[str, str], config: ModelConfig) -> Shapes:
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
-        outputs = {value.name for value in self._session.get_outputs()}
-        if set(inputs) != {"feats", "feat_lens"} or outputs != {"log_probs", "log_prob_lens"}:
+        outputs = {value.name: value.shape for value in self._session.get_outputs()}
+        if set(inputs) != {"feats", "feat_lens"} or set(outputs) != {"log_probs", "log_prob_lens"}:
             raise ModelError(
                 f"{self._name}: inputs are {sorted(inputs)} and outputs {sorted(outputs)}, not feats, feat_lens "
                 "and log_probs, log_prob_lens; make it with jasper export"
             )
+        if len(inputs["feats"]) != 3 or len(outputs["log_probs"]) != 3:
+            raise ModelError(
+                f"{self._name}: feats is {inputs['feats']} and log_probs {outputs['log_probs']}, both must have three "
+                "dimensions; make it with jasper export"
+            )
         batch, bands, frames = inputs["feats"]
+        classes = outputs["log_probs"][2]
+        if classes != config.n_classes:
+            raise ModelError(f"{self._name}: gives {classes} classes, its own config says {config.n_classes}")
         if bands != config.in_feats:
             raise ModelError(f"{self._name}: takes {bands} mel bands, its own config says {config.in_feats}")
         fixed = [size if isinstance(size, int) else None for size in (batch, frames)]

@@ -84,7 +84,7 @@ def train(
     Writes `last.pt` every `save_minutes` and at the end, `best.pt` whenever `validate(checkpoint path)` returns a new
     lowest WER (percent), and one line a report to `log.jsonl`. Raises ModelError when the loss is not finite.
     """
-    rank, world = _distributed()
+    rank, world = join_processes()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(options.seed)
     state = _initial_state(config, options, device, init)
@@ -98,7 +98,7 @@ def train(
     meter, saved_at = _Meter(), time.monotonic()
     with ThreadPoolExecutor(options.workers) as pool:
         for batch in _batches(cache, config, options, state.step, rank, world, pool):
-            loss = _step(network, state, batch, options, device)
+            loss = _step(network, state, batch, options, device, rank)
             meter.add(loss, batch.seconds)
             done = state.step == options.steps
             if rank == 0 and (meter.count == 50 or done):
@@ -112,6 +112,14 @@ def train(
                 save_state(last, config, state)
                 saved_at = time.monotonic()
     return state
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, world size); joins the process group, once, when torchrun started us."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return int(os.environ.get("RANK", "0")), world
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -207,8 +215,10 @@ class _Meter:
         return row
 
 
-def _step(network: nn.Module, state: TrainState, batch: Batch, options: TrainOptions, device: torch.device) -> float:
-    torch.manual_seed(options.seed * 1_000_003 + state.step)  # dropout
+def _step(
+    network: nn.Module, state: TrainState, batch: Batch, options: TrainOptions, device: torch.device, rank: int
+) -> float:
+    torch.manual_seed((options.seed * 1_000_003 + state.step) * 1009 + rank)  # dropout
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, options)
     network.train()
@@ -313,11 +323,3 @@ def _validate(config: ModelConfig, state: TrainState, out: Path, validate: Valid
 def _append(path: Path, row: dict[str, float]) -> None:
     with path.open("a", encoding="utf-8") as log:
         log.write(json.dumps(row) + "\n")
-
-
-def _distributed() -> tuple[int, int]:
-    """(rank, world size); joins the process group when torchrun started us."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return int(os.environ.get("RANK", "0")), world

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jasper_asr.config import ModelConfig
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.train.dataset import Progress, SkippedUtterance, build_cache
-from jasper_asr.train.loop import Report, TrainOptions, TrainState, Validate, train
+from jasper_asr.train.loop import Report, TrainOptions, TrainState, Validate, join_processes, train
 
 
 def run_training(
@@ -27,15 +29,18 @@ def run_training(
     Without `dev` there is no best.pt.
     `init` is any checkpoint that `load_checkpoint` reads; its weights must fit `config`.
     """
+    rank, world = join_processes()
+    if rank:
+        torch.distributed.barrier()  # the first process computes the features, the others find them
     cache, skipped = build_cache(manifests, config, cache_dir or out, jobs=options.workers, progress=progress)
+    if not rank and world > 1:
+        torch.distributed.barrier()
     weights = _initial_weights(init, config) if init else None
     validate = _validator(dev) if dev else None
     return train(config, cache, out, options, init=weights, validate=validate, report=report), skipped
 
 
 def _initial_weights(path: Path, config: ModelConfig) -> dict[str, Any]:
-    import torch
-
     from jasper_asr.model.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path, config=config)

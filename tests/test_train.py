@@ -1,0 +1,365 @@
+"""Training on tiny data: augmentation, batches, optimisers, exact resume, and a network that learns."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from jasper_asr import features
+from jasper_asr.config import SpecAugmentConfig, SpeedPerturbationConfig, load_config
+from jasper_asr.data.manifest import read_manifest
+from jasper_asr.errors import ManifestError, ModelError, UsageError
+from jasper_asr.train import augment
+from jasper_asr.train.dataset import BatchPlan, build_cache, fits, make_batch
+
+torch = pytest.importorskip("torch")
+
+from jasper_asr.model.net import Jasper  # noqa: E402
+from jasper_asr.train.loop import NovoGrad, TrainOptions, learning_rate, train  # noqa: E402
+from jasper_asr.train.run import run_training  # noqa: E402
+
+DATA = Path(__file__).parent / "data"
+TONES = {"a": 400.0, "b": 900.0, "c": 1800.0, "d": 3200.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order, whatever else the machine does
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """The golden tiny network with fewer blocks, no dropout, and its training section."""
+    base = load_config(DATA / "jasper_tiny.yaml")
+    blocks = tuple(replace(block, dropout=0.1, repeat=1) for block in base.blocks[:2]) + tuple(
+        replace(block, dropout=0.1) for block in base.blocks[-1:]
+    )
+    raw = json.loads(json.dumps(base.raw))
+    kept = [0, 1, len(base.blocks) - 1]
+    raw["jasper"]["encoder"]["blocks"] = [raw["jasper"]["encoder"]["blocks"][i] for i in kept]
+    for block in raw["jasper"]["encoder"]["blocks"]:
+        block.update(dropout=0.1, repeat=1)
+    return replace(base, blocks=blocks, raw=raw, dataset=replace(base.dataset, trim_silence=False))
+
+
+def write_corpus(folder: Path, count: int, seed: int = 0) -> Path:
+    """Words of tones, one tone a letter: trivially learnable speech. Returns the manifest."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        word = "".join(rng.choice(list(TONES), size=int(rng.integers(2, 5))))
+        parts = []
+        for letter in word:
+            time = np.arange(2400) / 16000
+            parts += [0.3 * np.sin(2 * np.pi * TONES[letter] * time), np.zeros(1600)]
+        samples = np.concatenate([np.zeros(800), *parts]) + rng.normal(0, 1e-3, 800 + 4000 * len(word))
+        soundfile.write(folder / f"{index}.wav", samples, 16000)
+        rows.append({"audio_filepath": f"{index}.wav", "duration": len(samples) / 16000, "text": word})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return read_manifest(write_corpus(tmp_path_factory.mktemp("corpus"), 24))
+
+
+@pytest.fixture(scope="module")
+def cache(corpus, config, tmp_path_factory):
+    return build_cache([corpus], config, tmp_path_factory.mktemp("cache"), jobs=1)[0]
+
+
+OPTIONS = TrainOptions(steps=6, batch_seconds=4.0, warmup=2, lr=1e-3, workers=1, noise=0.5, ema=0.9)
+
+
+# --- augmentation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.85, 0.9, 1.1, 1.15])
+def test_speed_in_the_feature_domain_resembles_resampled_audio(config, rate):
+    """A chirp-like voice: features of resampled audio against warped features, by correlation a band."""
+    soxr = pytest.importorskip("soxr")
+    rng = np.random.default_rng(3)
+    time = np.arange(32000) / 16000
+    pitch = 2 * np.pi * np.cumsum(140 + 30 * np.sin(3 * time)) / 16000
+    voice = sum(np.sin(k * pitch) / k for k in range(1, 25)) * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * time))
+    voice = (0.1 * voice + rng.normal(0, 1e-3, len(time))).astype(np.float32)
+    resampled = soxr.resample(voice, 16000 * rate, 16000).astype(np.float32)
+    wanted = features.normalize(features.log_mel(resampled, config.features))
+    log_mels = features.log_mel(voice, config.features)
+    got = features.normalize(augment.change_speed(log_mels, rate, rate, config.features))
+    assert abs(got.shape[1] - wanted.shape[1]) <= 1
+    frames = min(got.shape[1], wanted.shape[1])
+    middle = slice(4, 52)  # the uppermost bands come from beyond 8 kHz, where there is nothing to take
+    alike = np.corrcoef(got[middle, :frames].ravel(), wanted[middle, :frames].ravel())[0, 1]
+    plain = features.normalize(log_mels)[:, np.linspace(0, log_mels.shape[1] - 1, frames).astype(int)]
+    unwarped = np.corrcoef(plain[middle].ravel(), wanted[middle, :frames].ravel())[0, 1]
+    assert alike > 0.85
+    assert alike > unwarped
+
+
+def test_rate_one_changes_nothing(config):
+    log_mels = np.random.default_rng(0).normal(size=(64, 50)).astype(np.float32)
+    assert augment.change_speed(log_mels, 1.0, 1.0, config.features) is log_mels
+    np.testing.assert_allclose(augment._warp_matrix(1.0, config.features), np.eye(64), atol=1e-9)
+
+
+def test_drawn_rates_stay_in_range_and_p_is_their_share():
+    rng = np.random.default_rng(0)
+    speed = SpeedPerturbationConfig(0.85, 1.15, discrete=False, p=0.3)
+    rates = np.array([augment.draw_rate(speed, rng) for _ in range(4000)])
+    assert rates.min() >= 0.85
+    assert rates.max() <= 1.15
+    assert abs((rates != 1.0).mean() - 0.3) < 0.03
+    discrete = {augment.draw_rate(replace(speed, discrete=True, p=1.0), rng) for _ in range(100)}
+    assert discrete == {0.85, 1.0, 1.15}
+
+
+@pytest.mark.parametrize("snr", [5.0, 20.0])
+def test_noise_power_matches_the_ratio(snr):
+    log_mels = np.random.default_rng(1).normal(-4, 2, (64, 800)).astype(np.float32)
+    noisy = augment.add_noise(log_mels, snr, np.random.default_rng(2))
+    added = np.exp(noisy.astype(np.float64)) - np.exp(log_mels.astype(np.float64))
+    ratio = 10 * math.log10(np.exp(log_mels.astype(np.float64)).mean() / added.mean())
+    assert added.min() > -1e-6
+    assert abs(ratio - snr) < 0.5
+
+
+def test_spec_augment_masks_whole_bands_and_frames_and_spares_the_rest():
+    masks = SpecAugmentConfig(freq_masks=2, max_freq=10, time_masks=2, max_time=30)
+    covered = []
+    for seed in range(200):
+        values = np.ones((64, 400), np.float32)
+        augment.spec_augment(values, masks, np.random.default_rng(seed))
+        bands, frames = (values == 0).all(axis=1), (values == 0).all(axis=0)
+        assert ((values == 0) == (bands[:, None] | frames[None, :])).all()
+        assert bands.sum() <= 20
+        assert frames.sum() <= 60
+        covered.append((values == 0).mean())
+    assert 0.1 < np.mean(covered) < 0.3
+    short = np.ones((64, 20), np.float32)
+    augment.spec_augment(short, masks, np.random.default_rng(0))
+    assert (short != 0).any(axis=0).sum() >= 12  # at most two fifths of the frames go
+
+
+# --- data -----------------------------------------------------------------------------------------------------
+
+
+def test_cache_holds_the_features_and_is_found_again(corpus, config, tmp_path):
+    calls = []
+    first, skipped = build_cache([corpus], config, tmp_path, jobs=2, progress=lambda *done: calls.append(done))
+    assert not skipped
+    assert calls[-1] == (24, 24)
+    again, _ = build_cache([corpus], config, tmp_path, progress=lambda *done: pytest.fail("computed twice"))
+    samples, _rate = soundfile.read(corpus[5].audio_path, dtype="float32")
+    wanted = features.log_mel(samples, config.features)
+    for cache in (first, again):
+        np.testing.assert_allclose(cache.log_mels(5), wanted, atol=0.02)
+        assert cache.targets[5] == [" abcdefghijklmnopqrstuvwxyz'".index(letter) for letter in corpus[5].text]
+
+
+def test_a_manifest_listed_twice_counts_twice(corpus, config, tmp_path):
+    double, _ = build_cache([corpus[:3], corpus[3:5], corpus[:3]], config, tmp_path)
+    assert len(double) == 8
+    np.testing.assert_array_equal(double.log_mels(0), double.log_mels(5))
+    np.testing.assert_array_equal(double.log_mels(2), double.log_mels(7))
+
+
+def test_unusable_utterances_are_named(corpus, config, tmp_path):
+    bad = [
+        replace(corpus[0], audio_path=tmp_path / "missing.wav", audio_filepath="missing.wav"),
+        replace(corpus[1], text=None),
+        replace(corpus[2], text="abc" * 40),
+        replace(corpus[3], text="!!!"),
+    ]
+    _, skipped = build_cache([bad + list(corpus[4:6])], config, tmp_path / "one")
+    assert [row.audio_filepath for row in skipped] == ["missing.wav"] + [row.audio_filepath for row in corpus[1:4]]
+    assert "transcript" in skipped[1].reason
+    assert "output frames" in skipped[2].reason
+    with pytest.raises(ManifestError, match="no usable utterance"):
+        build_cache([bad], config, tmp_path / "two")
+
+
+def test_an_epoch_holds_every_utterance_once_within_the_batch_size():
+    frames = np.random.default_rng(0).integers(50, 900, 300)
+    plan = BatchPlan(frames, 4000, seed=7)
+    first, second = plan.epoch(0), plan.epoch(1)
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches)) == list(range(300))
+        assert all(frames[b].max() * len(b) <= 4000 or len(b) == 1 for b in batches)
+        padding = 1 - frames.sum() / sum(frames[b].max() * len(b) for b in batches)
+        assert padding < 0.15
+    assert [b.tolist() for b in first] != [b.tolist() for b in second]
+    assert [b.tolist() for b in first] == [b.tolist() for b in BatchPlan(frames, 4000, seed=7).epoch(0)]
+
+
+def test_batches_are_padded_with_zeros_and_depend_on_the_seed_alone(cache, config):
+    def batch(seed):
+        return make_batch(cache, np.arange(6), config, np.random.default_rng(seed), noise=0.5)
+
+    one, same, other = batch(1), batch(1), batch(2)
+    np.testing.assert_array_equal(one.features, same.features)
+    assert one.features.shape != other.features.shape or (one.features != other.features).any()
+    for row, length in zip(one.features, one.lens, strict=True):
+        assert (row[:, length:] == 0).all()
+    assert one.target_lens.sum() == len(one.targets)
+
+
+def test_fits_counts_repeats(config):
+    assert config.stride == 2
+    assert fits(8, [1, 2, 3, 4], config)
+    assert not fits(8, [1, 2, 2, 4], config)
+    assert fits(9, [1, 2, 2, 4], config)
+
+
+# --- optimisation ---------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_and_ends_at_one_percent():
+    for schedule in ("cosine", "poly"):
+        options = TrainOptions(steps=1000, warmup=100, lr=1.0, schedule=schedule)
+        rates = [learning_rate(step, options) for step in range(1001)]
+        assert rates[0] == pytest.approx(0.01)
+        assert max(rates) == pytest.approx(1.0)
+        assert rates[100] == pytest.approx(1.0)
+        assert rates[1000] == pytest.approx(0.01)
+        assert all(a >= b for a, b in pairwise(rates[100:]))
+
+
+def test_novograd_matches_the_paper_in_plain_numpy():
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=5), rng.normal(size=(4, 5))
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    optimizer = NovoGrad([parameter], lr=0.1, betas=(0.95, 0.25), weight_decay=0.01)
+    weight, second, moment = start.copy(), 0.0, np.zeros(5)
+    for index, gradient in enumerate(gradients):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        norm = (gradient**2).sum()
+        second = norm if index == 0 else 0.25 * second + 0.75 * norm
+        step = gradient / (math.sqrt(second) + 1e-8) + 0.01 * weight
+        moment = step if index == 0 else 0.95 * moment + step
+        weight = weight - 0.1 * moment
+    np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"optimizer": "sgd"}, {"schedule": "step"}, {"steps": 0}, {"lr": 0.0}, {"batch_seconds": -1.0}]
+)
+def test_wrong_options_are_refused(bad):
+    with pytest.raises(UsageError):
+        TrainOptions(**bad)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------
+
+
+def equal_states(one, two):
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(cache, config, tmp_path):
+    whole = train(config, cache, tmp_path / "whole", OPTIONS)
+
+    def interrupt(checkpoint):
+        if torch.load(checkpoint, weights_only=True)["step"] == 3:
+            raise KeyboardInterrupt
+        return 100.0
+
+    every_step = replace(OPTIONS, save_minutes=0.0, validate_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, cache, tmp_path / "killed", every_step, validate=interrupt)
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] == 2
+    resumed = train(config, cache, tmp_path / "killed", OPTIONS)
+    assert resumed.step == whole.step == 6
+    assert equal_states(resumed.model.state_dict(), whole.model.state_dict())
+    assert equal_states(resumed.ema.state_dict(), whole.ema.state_dict())
+
+
+def test_training_learns_tones_and_validates_through_the_transcriber(config, tmp_path):
+    corpus = read_manifest(write_corpus(tmp_path / "train", 40, seed=1))
+    dev = read_manifest(write_corpus(tmp_path / "dev", 10, seed=2))
+    plain = replace(
+        config,
+        spec_augment=None,
+        train_dataset=replace(config.train_dataset, trim_silence=False, speed_perturbation=None),
+    )
+    rows = []
+    options = TrainOptions(
+        steps=250, batch_seconds=8.0, warmup=10, lr=3e-3, workers=1, ema=0.95, validate_steps=50, seed=3
+    )
+    state, skipped = run_training(plain, [corpus], dev, tmp_path / "out", options, report=rows.append)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    wers = [row["dev_wer"] for row in rows if "dev_wer" in row]
+    assert not skipped
+    assert losses[-1] < losses[0] / 3
+    assert len(wers) == 5
+    assert state.best_wer == min(wers) < 15
+    logged = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert logged == rows
+    # best.pt is a checkpoint like any other: the same WER comes out of it
+    from jasper_asr import evaluate, load
+
+    with load(tmp_path / "out" / "best.pt") as transcriber:
+        assert evaluate.evaluate(transcriber, dev).wer == pytest.approx(state.best_wer)
+
+
+def test_fine_tuning_starts_from_the_given_weights(cache, config, tmp_path, corpus):
+    first = train(config, cache, tmp_path / "a", replace(OPTIONS, steps=3))
+    frozen = replace(OPTIONS, steps=1, lr=1e-12, warmup=0, weight_decay=0.0)
+    tuned, _ = run_training(config, [corpus], [], tmp_path / "b", frozen, init=tmp_path / "a" / "last.pt")
+    for name, value in first.ema.named_parameters():
+        torch.testing.assert_close(tuned.model.get_parameter(name), value, atol=1e-6, rtol=0)
+
+
+def test_another_network_cannot_be_resumed(cache, config, tmp_path):
+    train(config, cache, tmp_path, replace(OPTIONS, steps=1))
+    wider = replace(config, blocks=(replace(config.blocks[0], filters=40), *config.blocks[1:]))
+    with pytest.raises(ModelError, match=r"last\.pt: cannot resume"):
+        train(wider, cache, tmp_path, OPTIONS)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache, config, tmp_path):
+    broken = Jasper(config).state_dict()
+    broken["decoder.layers.0.bias"][:] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        train(config, cache, tmp_path, OPTIONS, init=broken)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_bf16_autocast_takes_a_step(cache, config, tmp_path):
+    state = train(config, cache, tmp_path, replace(OPTIONS, steps=2, bf16=True))
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+    assert next(state.model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path, config):
+    """torchrun on two CPUs: runs to the end and writes one checkpoint that loads."""
+    import yaml
+
+    manifest = write_corpus(tmp_path / "data", 24)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.raw))))
+    arguments = ["--config", tmp_path / "config.yaml", "--train", manifest, "--out", tmp_path / "out"]
+    arguments += ["--steps", "4", "--batch-seconds", "4", "--threads", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "jasper_asr.cli", "train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert saved["step"] == 4
