@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.config import ModelConfig, builtin_config, builtin_configs, load_config, parse_config
-from jasper_asr.errors import ConfigError, ModelError, StorageError
+from jasper_asr.errors import ConfigError, ModelError, StorageError, UsageError
 
 Weights = dict[str, NDArray[np.float32]]
+
+STATE_DICTS = {"ema": "ema_state_dict", "raw": "state_dict"}
+"""What `weights` may say -> NVIDIA's key in a .pt."""
 
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
@@ -144,9 +148,11 @@ def load_checkpoint(
 
     Without `config`: the one inside the file, else the .yaml of the same stem or `config.yaml` beside it, else the
     built-in config whose weights have just these names and shapes.
-    Raises StorageError, ConfigError, or ModelError with every mismatch.
+    Raises UsageError, StorageError, ConfigError, or ModelError with every mismatch.
     """
     path = Path(path)
+    if weights not in STATE_DICTS:
+        raise UsageError(f"weights {weights!r}: choose {' or '.join(STATE_DICTS)}")
     _check_readable(path)
     if path.suffix == ".safetensors":
         found, embedded = _read_safetensors(path)
@@ -165,15 +171,26 @@ def save_safetensors(
     *,
     half: bool = False,
 ) -> None:
-    """Write weights (float16 if `half`) and the config into one .safetensors file, whole or not at all."""
+    """Write weights (float16 if `half`) and the config into one .safetensors file, whole or not at all.
+
+    Raises ModelError for a value beyond float16's 65,504.
+    """
     from safetensors.numpy import save_file
 
     path = Path(path)
-    kind = np.float16 if half else np.float32
-    tensors = {name: np.ascontiguousarray(value, kind) for name, value in weights.items()}
+    with np.errstate(over="ignore"):  # an overflow is an error below, not a warning
+        tensors = {
+            name: np.ascontiguousarray(value, np.float16 if half else np.float32) for name, value in weights.items()
+        }
+    for name, value in tensors.items():
+        if half and not np.isfinite(value).all():
+            raise ModelError(f"{path}: {name} does not fit float16; save float32")
     temporary = path.with_name(path.name + ".part")
-    save_file(tensors, temporary, metadata={"config": json.dumps(config.raw)})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"config": json.dumps(config.raw)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -209,15 +226,19 @@ def _read_safetensors(path: Path) -> tuple[Weights, ModelConfig | None]:
 
 def _read_pt(path: Path, kind: str) -> tuple[Weights, ModelConfig | None]:
     saved = _torch_load(path)
-    key = {"ema": "ema_state_dict", "raw": "state_dict"}[kind]
+    key = STATE_DICTS[kind]
     if not isinstance(saved, Mapping):
         raise ModelError(f"{path}: holds a {type(saved).__name__}, not a checkpoint with {key}")
     state = saved.get(key)
     if not isinstance(state, Mapping):
-        others = [name for name in ("ema_state_dict", "state_dict") if isinstance(saved.get(name), Mapping)]
+        others = [name for name in STATE_DICTS.values() if isinstance(saved.get(name), Mapping)]
         cure = "use --weights raw" if others == ["state_dict"] else "use --weights ema" if others else "is it a model?"
         raise ModelError(f"{path}: holds no {key} (keys: {', '.join(map(str, list(saved)[:8]))}); {cure}")
-    weights = {new: _to_numpy(path, new, value) for new, value in _renamed(state)}
+    weights: Weights = {}
+    for name, value in _renamed(state):
+        if name in weights:
+            raise ModelError(f"{path}: holds {name} under two names; keep one")
+        weights[name] = _to_numpy(path, name, value)
     return weights, _embedded_config(path, saved.get("config"))
 
 
@@ -229,7 +250,8 @@ def _torch_load(path: Path) -> Any:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # only this layout can be mapped: the optimiser's state stays on disk
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings(action="ignore"):  # on old layouts, which it reads all the same
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises whatever its unpickler meets
         if "Weights only load failed" in str(error) or "weights_only" in str(error):
             cause = "it holds Python objects other than tensors, which could run code"
@@ -258,7 +280,7 @@ def _renamed(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _to_numpy(path: Path, name: str, value: Any) -> NDArray[np.float32]:
     if not hasattr(value, "is_floating_point") or not value.is_floating_point():
         raise ModelError(f"{path}: {name} is not a tensor of real numbers")
-    return value.float().numpy()  # type: ignore[no-any-return]
+    return value.detach().float().numpy()  # type: ignore[no-any-return]
 
 
 def _embedded_config(path: Path, text: object) -> ModelConfig | None:
