@@ -265,6 +265,7 @@ def test_log_probs_that_are_not_finite_fail_alone(clips, singles, value):
     transcriber = Transcriber(Recorder(spoil=spoil), batch_size=4, trim_silence=False)
     results = list(transcriber.transcribe_many(clips))
     assert [i for i, result in enumerate(results) if isinstance(result, Failure)] == [1, 4]
+    assert [results[i] for i in range(17) if i not in (1, 4)] == [singles[i] for i in range(17) if i not in (1, 4)]
     assert type(results[1].error) is ModelError
     assert str(results[1].error) == "<audio>: log_probs are not finite; the weights or the precision are unfit"
     with pytest.raises(ModelError, match="^<samples 0>: log_probs are not finite"):

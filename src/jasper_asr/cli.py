@@ -73,6 +73,34 @@ def command() -> None:
     """Jasper speech models from checkpoint to deployment: transcribe, evaluate, export, train."""
 
 
+class _Variadic(click.Command):
+    """Repeatable options of such a command also take several values in a row: `--speed 0.9 1.1`, `--train a b`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        repeatable = {
+            flag: param.type for param in self.params if getattr(param, "multiple", False) for flag in param.opts
+        }
+        expanded: list[str] = []
+        current = ""
+        for arg in args:
+            if arg.startswith("-"):
+                current = arg if arg in repeatable else ""
+            elif current and expanded[-1] != current and _converts(repeatable[current], arg):
+                expanded.append(current)
+            elif expanded and expanded[-1] != current:
+                current = ""  # a value of another kind: an argument of the command
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+def _converts(kind: click.ParamType[Any], value: str) -> bool:
+    try:
+        kind.convert(value, None, None)
+    except click.BadParameter:
+        return False
+    return True
+
+
 def _existing(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options shared by the commands that run a model."""
     for option in reversed(
@@ -215,32 +243,19 @@ def evaluate(
 @click.option("--frames", type=click.IntRange(1), help="Fix the number of feature frames (default: any).")
 @click.option("--opset", type=click.IntRange(*OPSETS), default=13, show_default=True)
 @click.option("--exact-lengths", is_flag=True, help="Leave the masks out: every utterance must fill all frames.")
-def export(
-    checkpoint: Path,
-    out: Path,
-    config: Path | None,
-    weights: str,
-    batch_size: int | None,
-    frames: int | None,
-    opset: int,
-    exact_lengths: bool,
-) -> None:
-    """Write a checkpoint (.pt, .safetensors or a built-in name) as a self-describing ONNX model."""
-    from jasper_asr.model.export import export_onnx
+@click.option("--half", is_flag=True, help="Store .safetensors weights as float16.")
+def export(checkpoint: Path, out: Path, config: Path | None, weights: str, half: bool, **shape: Any) -> None:
+    """Write a checkpoint (.pt, .safetensors or a built-in name) as a self-describing .onnx, or as .safetensors."""
+    from jasper_asr.model import export as exports
 
-    if out.suffix != ".onnx":
-        raise UsageError(f"{out}: the output must end in .onnx")
+    if out.suffix not in (".onnx", ".safetensors"):
+        raise UsageError(f"{out}: the output must end in .onnx or .safetensors")
     _check_writable(out)
-    summary = export_onnx(
-        checkpoint,
-        out,
-        config=_config(config),
-        weights=weights,
-        batch_size=batch_size,
-        frames=frames,
-        opset=opset,
-        masked=not exact_lengths,
-    )
+    if out.suffix == ".safetensors":
+        summary = exports.export_safetensors(checkpoint, out, config=_config(config), weights=weights, half=half)
+    else:
+        shape["masked"] = not shape.pop("exact_lengths")
+        summary = exports.export_onnx(checkpoint, out, config=_config(config), weights=weights, **shape)
     _note(f"{out}: {summary}")
 
 
@@ -295,7 +310,7 @@ def demo(batch_size: int) -> int:
     return 0 if gate.holds(report) else GATE_FAILED
 
 
-@command.command()
+@command.command(cls=_Variadic)
 @click.option("--config", required=True, help="Model YAML, or the name of a built-in one.")
 @click.option(
     "--train",
@@ -305,7 +320,7 @@ def demo(batch_size: int) -> int:
     type=click.Path(path_type=Path),
     help="Repeatable.",
 )
-@click.option("--dev", "dev_manifests", multiple=True, type=click.Path(path_type=Path), help="Repeatable.")
+@click.option("--dev", "dev_manifests", multiple=True, type=click.Path(path_type=Path), help="One or more manifests.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; a run in it is resumed.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint: fine-tuning.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for computed features (default: --out).")
@@ -427,7 +442,7 @@ def prepare() -> None:
     """Make manifests."""
 
 
-@prepare.command("librispeech")
+@prepare.command("librispeech", cls=_Variadic)
 @click.argument("root", type=click.Path(path_type=Path))
 @click.option(
     "--manifest",
@@ -436,9 +451,7 @@ def prepare() -> None:
     help="JSON file to write, in NVIDIA's layout.",
 )
 @click.option("--wav-dir", type=click.Path(path_type=Path), help="Write 16-bit WAVs here (default: use the FLACs).")
-@click.option(
-    "--speed", "speeds", multiple=True, type=float, help="Also write this speed; repeatable, needs --wav-dir."
-)
+@click.option("--speed", "speeds", multiple=True, type=float, help="Also write these speeds; needs --wav-dir.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True)
 def prepare_librispeech(root: Path, manifest: Path, wav_dir: Path | None, speeds: tuple[float, ...], jobs: int) -> None:
     """Manifest of a LibriSpeech folder."""

@@ -1,13 +1,15 @@
 """Checkpoint -> .onnx file, and what a model file says of itself."""
 
+import io
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, StorageError
-from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint, parameter_count
+from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint, parameter_count, save_safetensors
 
 BUILTIN_MODELS = {"mini": Path(__file__).parents[1] / "models" / "mini" / "weights.safetensors"}
 """Models inside the package, by the name that `--model` takes."""
@@ -27,12 +29,16 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
 
 def graph_bytes(checkpoint: Checkpoint, **shape: Any) -> bytes:
     """The checkpoint as a serialised ONNX model; `shape` goes to `build_graph`."""
-    from jasper_asr.model.graph import build_graph
+    buffer = io.BytesIO()
+    buffer.writelines(_graph_pieces(checkpoint, **shape))
+    return buffer.getvalue()
+
+
+def _graph_pieces(checkpoint: Checkpoint, **shape: Any) -> Iterator[bytes]:
+    from jasper_asr.model.graph import build_graph, serialize
 
     provenance = {"checkpoint_sha256": checkpoint.sha256, "weights": checkpoint.kind}
-    proto = build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape)
-    serialized: bytes = proto.SerializeToString()
-    return serialized
+    return serialize(build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape))
 
 
 def export_onnx(
@@ -52,19 +58,39 @@ def export_onnx(
     if path.suffix == ".onnx":
         raise ModelError(f"{path}: is an ONNX model already; give a checkpoint")
     checkpoint = load_checkpoint(path, config=config, weights=weights)
-    content = graph_bytes(checkpoint, batch_size=batch_size, frames=frames, opset=opset, masked=masked)
+    pieces = _graph_pieces(checkpoint, batch_size=batch_size, frames=frames, opset=opset, masked=masked)
     temporary = out.with_name(out.name + ".part")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     parameters = parameter_count(checkpoint.config)
-    size, seconds = len(content) / 1e6, time.perf_counter() - started
+    size, seconds = out.stat().st_size / 1e6, time.perf_counter() - started
     return (
         f"{checkpoint.config.name}, {parameters:,} parameters, opset {opset}, feats [{batch_size or 'B'}, "
         f"{checkpoint.config.in_feats}, {frames or 'T'}], {size:,.1f} MB, built in {seconds:.2f} s"
     )
+
+
+def export_safetensors(
+    model: str | os.PathLike[str],
+    out: Path,
+    *,
+    config: ModelConfig | None = None,
+    weights: str = "ema",
+    half: bool = False,
+) -> str:
+    """Write weights (float16 if `half`) and config as .safetensors; returns one line that says what was made."""
+    path = resolve_model(model)
+    if path.suffix == ".onnx":
+        raise ModelError(f"{path}: an ONNX model holds no original weights; give a checkpoint")
+    checkpoint = load_checkpoint(path, config=config, weights=weights)
+    save_safetensors(out, checkpoint.config, checkpoint.weights, half=half)
+    kind = "float16" if half else "float32"
+    parameters, megabytes = parameter_count(checkpoint.config), out.stat().st_size / 1e6
+    return f"{checkpoint.config.name}, {parameters:,} parameters, {kind}, {megabytes:,.1f} MB"
 
 
 def describe(model: str | os.PathLike[str], *, config: ModelConfig | None = None) -> dict[str, Any]:
@@ -103,7 +129,7 @@ def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, An
         "receptive_field": f"{field} feature frames, {field * config.features.window_stride:.2f} s",
         "inputs": f"feats float32 [{', '.join(map(str, size))}], feat_lens int32 [{size[0]}]",
         "outputs": f"log_probs float32 [{size[0]}, T', {classes}], log_prob_lens int32 [{size[0]}]",
-        "labels": "".join(config.labels) + f" + blank ({config.blank_id})",
+        "labels": "".join(config.labels).replace(" ", "␣") + f", blank is {config.blank_id}",
         "features": (
             f"{config.features.n_filt} mel bands, {config.features.window_size * 1000:g} ms window, "
             f"{config.features.window_stride * 1000:g} ms stride, {config.features.sample_rate} Hz"

@@ -8,14 +8,14 @@ utterance is given at its exact length, where padding and zeros beyond the end a
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from jasper_asr._version import __version__
 from jasper_asr.config import BATCH_NORM_EPS, ModelConfig
@@ -45,35 +45,55 @@ def build_graph(
         raise UsageError(f"opset {opset}: choose {MIN_OPSET} to {MAX_OPSET}")
     if (batch_size is not None and batch_size < 1) or (frames is not None and frames < 1):
         raise UsageError("batch-size and frames must be at least 1")
-    graph = _Graph(opset)
-    builder = _Encoder(graph, config, weights, masked, frames)
-    log_probs = builder.run()
-    graph.nodes.append(helper.make_node("Identity", [log_probs], ["log_probs"]))
-    graph.nodes.append(helper.make_node("Identity", [builder.lens], ["log_prob_lens"]))
-    batch = batch_size or "batch"
-    out_frames = _output_frames(config, frames) if frames else "out_frames"
-    proto = helper.make_graph(
-        graph.nodes,
-        config.name,
-        [
-            helper.make_tensor_value_info("feats", TensorProto.FLOAT, [batch, config.in_feats, frames or "frames"]),
-            helper.make_tensor_value_info("feat_lens", TensorProto.INT32, [batch]),
-        ],
-        [
-            helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, [batch, out_frames, config.n_classes]),
-            helper.make_tensor_value_info("log_prob_lens", TensorProto.INT32, [batch]),
-        ],
-        graph.initializers,
-    )
-    model = helper.make_model(
-        proto,
-        opset_imports=[helper.make_opsetid("", opset)],
+    model = onnx.ModelProto(
         ir_version=next(version for span, version in _IR_VERSION.items() if opset in span),
         producer_name="jasper-asr",
         producer_version=__version__,
+        opset_import=[helper.make_opsetid("", opset)],
     )
     helper.set_model_props(model, metadata(config, masked) | (provenance or {}))
+    # filled in place: onnx.helper would copy 1.3 GB of Jasper 10x5 three times
+    graph = _Graph(model.graph, opset)
+    builder = _Encoder(graph, config, weights, masked, frames)
+    log_probs = builder.run()
+    graph.rename(log_probs, "log_probs")
+    graph.rename(builder.lens, "log_prob_lens")
+    batch = batch_size or "batch"
+    out_frames = config.output_length(frames) if frames else "out_frames"
+    describe, floats, ints = helper.make_tensor_value_info, TensorProto.FLOAT, TensorProto.INT32
+    model.graph.name = config.name
+    model.graph.input.append(describe("feats", floats, [batch, config.in_feats, frames or "frames"]))
+    model.graph.input.append(describe("feat_lens", ints, [batch]))
+    model.graph.output.append(describe("log_probs", floats, [batch, out_frames, config.n_classes]))
+    model.graph.output.append(describe("log_prob_lens", ints, [batch]))
     return model
+
+
+def serialize(model: onnx.ModelProto) -> Iterator[bytes]:
+    """The bytes of `model`, piece by piece, a weight at a time; it is used up.
+
+    `SerializeToString` holds the weights three times, 4 GB for Jasper 10x5. In protobuf's encoding a message is its
+    fields one after the other, so weights (field 5 of GraphProto) and graph (field 7 of ModelProto) can come last.
+    """
+    weights = list(model.graph.initializer)
+    model.graph.ClearField("initializer")
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    heads = [_field_head(5, weight.ByteSize()) for weight in weights]
+    size = len(graph) + sum(len(head) + weight.ByteSize() for head, weight in zip(heads, weights, strict=True))
+    yield model.SerializeToString() + _field_head(7, size) + graph
+    for head, weight in zip(heads, weights, strict=True):
+        yield head
+        yield weight.SerializeToString()
+
+
+def _field_head(number: int, size: int) -> bytes:
+    """Protobuf's key of a length-delimited field (wire type 2), and its length as base-128 digits, lowest first."""
+    digits = []
+    while size > 127:
+        digits.append(size & 127 | 128)
+        size >>= 7
+    return bytes([number << 3 | 2, *digits, size])
 
 
 def metadata(config: ModelConfig, masked: bool) -> dict[str, str]:
@@ -90,11 +110,10 @@ def metadata(config: ModelConfig, masked: bool) -> dict[str, str]:
 
 @dataclass
 class _Graph:
-    """Nodes and initializers under construction; names are the op and a running number."""
+    """The graph under construction; names are the op and a running number."""
 
+    proto: onnx.GraphProto
     opset: int
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[onnx.TensorProto] = field(default_factory=list)
     _small: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> str:
@@ -102,16 +121,25 @@ class _Graph:
         key = (values.tobytes(), values.shape, values.dtype.str) if values.size <= 16 else None
         if key in self._small:
             return self._small[key]
-        name = name or f"constant_{len(self.initializers)}"
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
+        name = name or f"constant_{len(self.proto.initializer)}"
+        self.proto.initializer.add(
+            name=name,
+            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
+            dims=values.shape,
+            raw_data=values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes(),
+        )
         if key:
             self._small[key] = name
         return name
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
-        output = f"{op}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        output = f"{op}_{len(self.proto.node)}"
+        self.proto.node.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
         return output
+
+    def rename(self, value: str, name: str) -> None:
+        """Give a value the name of an output."""
+        self.proto.node.append(helper.make_node("Identity", [value], [name], name=name))
 
     def unsqueeze(self, value: str, axes: Sequence[int]) -> str:
         return self._axes_node("Unsqueeze", value, axes)
@@ -235,7 +263,3 @@ def folded(weights: Weights, layer: ConvLayer) -> tuple[NDArray[np.float32], NDA
     )
     scale = gamma / np.sqrt(var + BATCH_NORM_EPS)
     return (kernel * scale[:, None, None]).astype(np.float32), (beta - mean * scale).astype(np.float32)
-
-
-def _output_frames(config: ModelConfig, frames: int) -> int:
-    return config.output_length(frames)
