@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from jasper_asr import cli
 from jasper_asr.audio import write_wav
 from jasper_asr.config import ModelConfig, load_config

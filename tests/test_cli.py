@@ -2,6 +2,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import click
 import numpy as np
 import onnx
 import pytest
-from helpers_audio import CHECKPOINT, CONFIG, nemo_manifest, run, sound, tiny_checkpoint, wav, write_model
 
 import jasper_asr
+from helpers_audio import CHECKPOINT, CONFIG, nemo_manifest, run, sound, tiny_checkpoint, wav, write_model
 from jasper_asr import cli
 from jasper_asr.audio import write_wav
 from jasper_asr.errors import DownloadError
@@ -353,19 +354,38 @@ def test_info_of_every_kind_of_file(folder):
         assert "abcdefghijklmnopqrstuvwxyz" in lines["labels"]
 
 
-def test_a_full_disk_while_exporting_leaves_the_old_file(folder, tmp_path, monkeypatch):
-    out = tmp_path / "m.onnx"
+def test_export_to_safetensors(texts, folder, tmp_path):
+    whole, half = tmp_path / "m.safetensors", tmp_path / "half.safetensors"
+    assert run("export", CHECKPOINT, whole, *TINY)[:2] == (0, "")
+    assert run("export", CHECKPOINT, half, *TINY, "--half")[:2] == (0, "")
+    assert run("transcribe", folder / "a.wav", "--model", whole) == (0, f"{texts[0]}\n", "")
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    message = f"jasper: error: {tmp_path / 'm.onnx'}: --half is for .safetensors only\n"
+    assert run("export", CHECKPOINT, tmp_path / "m.onnx", *TINY, "--half") == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "m.onnx",
+        pytest.param(
+            "m.safetensors",
+            marks=pytest.mark.xfail(strict=True, reason="save_safetensors lets SafetensorError out, leaves its .part"),
+        ),
+    ],
+)
+def test_a_full_disk_while_exporting_leaves_the_old_file(folder, tmp_path, name):
+    """The kernel stops the write at 500 kB of 1.2 MB."""
+    out = tmp_path / name
     out.write_bytes(b"old")
-    write_bytes = Path.write_bytes
-
-    def full(path, content):
-        write_bytes(path, content[: len(content) // 2])
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    code, stdout, err = run("export", folder / "tiny.safetensors", out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        code, stdout, err = run("export", folder / "tiny.safetensors", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (code, stdout) == (5, "")
-    assert re.fullmatch(r"jasper: error: \S*m\.onnx\S*: .*no space left on device.*\n", err)
+    assert re.fullmatch(r"jasper: error: .*file too large.*\n", err)
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
 
@@ -415,7 +435,7 @@ def test_there_is_every_command_of_the_contract():
     }
 
 
-@pytest.mark.parametrize("path", commands(), ids=" ".join)
+@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(path, flag):
     code, out, err = run(*path, flag)
@@ -475,7 +495,7 @@ def test_prepare_librispeech(monkeypatch, tmp_path):
 
     monkeypatch.setattr("jasper_asr.data.librispeech.prepare_librispeech", fake)
     argv = ("prepare", "librispeech", tmp_path, "--manifest", "m.json", "--wav-dir", "w", "--speed", 0.9)
-    code, out, err = run(*argv, "--speed", "1.1", "--jobs", "2")
+    code, out, err = run(*argv, "1.1", "--jobs", "2")
     assert (code, out) == (0, "m.json\n")
     assert err == (
         "jasper: 2 utterances, 0.50 h; 1 FLACs without transcript left out\n"
@@ -552,7 +572,7 @@ def test_train(monkeypatch, folder, tmp_path):
         return SimpleNamespace(step=3, audio_seconds=7200.0, best_wer=12.345), skipped
 
     monkeypatch.setattr("jasper_asr.train.run.run_training", fake)
-    manifests = ("--train", folder / "nemo.jsonl", "--train", folder / "nvidia.json", "--dev", folder / "nemo.jsonl")
+    manifests = ("--train", folder / "nemo.jsonl", folder / "nvidia.json", "--dev", folder / "nemo.jsonl")
     options = ("--steps", 3, "--lr", 0.5, "--bf16", "--optimizer", "novograd", "--schedule", "poly", "--ema", 0.9)
     code, out, err = run("train", *TINY, *manifests, "--out", tmp_path, *options, "--init", "start.pt")
     assert (code, out) == (0, f"{tmp_path / 'best.pt'}\n")

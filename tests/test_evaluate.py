@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers_audio import tiny_config
 
+from helpers_audio import tiny_config
 from jasper_asr.data.manifest import Utterance, read_manifest
 from jasper_asr.errors import AudioError, ManifestError, StorageError, UsageError
 from jasper_asr.evaluate import ErrorReport, Gate, Item, evaluate, write_predictions, write_report
@@ -153,8 +153,10 @@ def test_too_long_utterances_are_skipped_and_counted():
 
 def test_offsets_cut_the_file_and_rows_without_one_take_it_whole():
     fake = Fake({"a.wav": "a b c"})
-    evaluate(fake, [utterance("a.wav"), utterance("a.wav", offset=1.5, duration=0.5)])
-    assert fake.clips == [Clip(Path("/audio/a.wav"), 0.0, None), Clip(Path("/audio/a.wav"), 1.5, 0.5)]
+    parts = [utterance("a.wav", offset=offset, duration=0.5) for offset in (1.5, 0.0, None)]
+    evaluate(fake, parts)
+    path = Path("/audio/a.wav")
+    assert fake.clips == [Clip(path, 1.5, 0.5), Clip(path, 0.0, 0.5), Clip(path, 0.0, None)]
 
 
 def test_progress_is_passed_on():

@@ -49,7 +49,7 @@ def test_nemo_row(tmp_path):
         audio_filepath="wav/a.wav",
         text="Hello, you",
         duration=1.5,
-        offset=0.0,
+        offset=None,
         speaker=None,
         source=f"{path}:1",
     )

@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
-from helpers_audio import CHECKPOINT, CONFIG, DATA, sound, tiny_config, tiny_graph, wav, write_model
 
 import jasper_asr
+from helpers_audio import CHECKPOINT, CONFIG, DATA, sound, tiny_config, tiny_graph, wav, write_model
 from jasper_asr import audio
-from jasper_asr.backends import Shapes, open_backend
+from jasper_asr.backends import BACKENDS, Shapes, open_backend
 from jasper_asr.config import load_config
 from jasper_asr.decode import greedy
 from jasper_asr.errors import AudioError, ModelError, StorageError, UsageError
@@ -231,16 +231,16 @@ def test_only_the_guilty_of_a_batch_fail(models, clips, singles, tmp_path):
         )
         assert type(results[1].error) is AudioError
         assert [results[0], *results[2:]] == singles[:3]
-        with pytest.raises(AudioError, match="3.5 s of audio, the model takes 3.04 s"):
+        with pytest.raises(AudioError, match=r"3.5 s of audio, the model takes 3.04 s"):
             transcriber.transcribe(long)
-        with pytest.raises(AudioError, match="^<samples 1>: 3.5 s of audio"):
+        with pytest.raises(AudioError, match=r"^<samples 1>: 3.5 s of audio"):
             transcriber.log_probs([sound(1), sound(3.5)])
 
 
 def test_a_length_that_just_fits(models):
     with load(models["static"], trim_silence=False) as transcriber:
         assert transcriber.transcribe((sound(3.04), 16_000)).text
-        with pytest.raises(AudioError, match="3.05 s of audio"):
+        with pytest.raises(AudioError, match=r"3.05 s of audio"):
             transcriber.transcribe((sound(3.0401), 16_000))
 
 
@@ -268,7 +268,7 @@ def test_log_probs_that_are_not_finite_fail_alone(clips, singles, value):
     assert [results[i] for i in range(17) if i not in (1, 4)] == [singles[i] for i in range(17) if i not in (1, 4)]
     assert type(results[1].error) is ModelError
     assert str(results[1].error) == "<audio>: log_probs are not finite; the weights or the precision are unfit"
-    with pytest.raises(ModelError, match="^<samples 0>: log_probs are not finite"):
+    with pytest.raises(ModelError, match=r"^<samples 0>: log_probs are not finite"):
         transcriber.log_probs([clips[1][0]])
 
 
@@ -286,7 +286,7 @@ def test_absurdly_loud_samples_are_an_error_not_a_warning(models, clips):
     loud = (sound(1.0).astype(np.float32) * np.float32(1e30), 16_000)
     with load(models["dynamic"], batch_size=2) as transcriber:
         good, bad = transcriber.transcribe_many([clips[0], loud])
-        with pytest.raises(AudioError, match="^<samples 0>: features are not finite"):
+        with pytest.raises(AudioError, match=r"^<samples 0>: features are not finite"):
             transcriber.log_probs([loud[0]])
     assert isinstance(good, Transcript)
     assert str(bad.error) == (
@@ -296,7 +296,7 @@ def test_absurdly_loud_samples_are_an_error_not_a_warning(models, clips):
 
 def test_limits_on_sound(clips):
     transcriber = Transcriber(Recorder(), limits=audio.AudioLimits(max_seconds=1.0))
-    with pytest.raises(AudioError, match="the limit is 1 s"):
+    with pytest.raises(AudioError, match=r"the limit is 1 s"):
         transcriber.transcribe(clips[0])
     assert transcriber.transcribe(clips[1]).duration == 0.4
 
@@ -327,7 +327,7 @@ def test_a_clip_is_a_part_of_its_source(models, tmp_path):
         part = transcriber.transcribe(Clip(path, 0.5, 1.25))
         assert part == transcriber.transcribe((samples[8_000:28_000], 16_000))
         assert transcriber.transcribe(Clip(path, 1.0)) == transcriber.transcribe((samples[16_000:], 16_000))
-        with pytest.raises(AudioError, match="offset 3 s is beyond its end"):
+        with pytest.raises(AudioError, match=r"offset 3 s is beyond its end"):
             transcriber.transcribe(Clip(path, 3.0))
     assert part.duration == 1.25
 
@@ -393,10 +393,13 @@ def test_close_and_the_context_manager_close_the_backend(models):
     transcriber = Transcriber(backend)
     transcriber.close()
     assert backend.closed == 1
-    with pytest.raises(KeyError), transcriber as same:
+    with transcriber as same:
         assert same is transcriber
-        raise KeyError
+        assert backend.closed == 1
     assert backend.closed == 2
+    with pytest.raises(KeyError), transcriber:
+        raise KeyError
+    assert backend.closed == 3
     with load(models["dynamic"]) as real:
         pass
     assert real._backend._session is None
@@ -409,7 +412,7 @@ def test_close_and_the_context_manager_close_the_backend(models):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size 0: must be at least 1"),
-        ({"backend": "tpu"}, "backend 'tpu': choose one of ort"),
+        ({"backend": "tpu"}, f"backend 'tpu': choose one of {', '.join(BACKENDS)}"),
         ({"pad_to": 0.0}, "pad_to 0.0: must be a number of seconds above 0"),
         ({"pad_to": math.nan}, "pad_to nan: must be a number of seconds above 0"),
         ({"pad_to": math.inf}, "pad_to inf: must be a number of seconds above 0"),

@@ -93,7 +93,7 @@ class _Variadic(click.Command):
         return super().parse_args(ctx, expanded)
 
 
-def _converts(kind: click.ParamType[Any], value: str) -> bool:
+def _converts(kind: "click.ParamType[Any]", value: str) -> bool:
     try:
         kind.convert(value, None, None)
     except click.BadParameter:
@@ -250,6 +250,8 @@ def export(checkpoint: Path, out: Path, config: Path | None, weights: str, half:
 
     if out.suffix not in (".onnx", ".safetensors"):
         raise UsageError(f"{out}: the output must end in .onnx or .safetensors")
+    if half and out.suffix == ".onnx":
+        raise UsageError(f"{out}: --half is for .safetensors only")
     _check_writable(out)
     if out.suffix == ".safetensors":
         summary = exports.export_safetensors(checkpoint, out, config=_config(config), weights=weights, half=half)
@@ -355,7 +357,10 @@ def train(
 ) -> None:
     """Train or fine-tune a model with CTC; run it again to resume. Under torchrun it trains on several devices."""
     model_config = _named_config(config)
-    manifests = [_read_manifests((path,), audio_root, allow_outside_root) for path in train_manifests]
+    dataset = model_config.train_dataset
+    only_original = dataset is None or dataset.ignore_offline_speed_perturbation
+    speed = 1.0 if only_original else None  # None: the speeds that an NVIDIA manifest lists are utterances too
+    manifests = [_read_manifests((path,), audio_root, allow_outside_root, speed) for path in train_manifests]
     dev = _read_manifests(dev_manifests, audio_root, allow_outside_root)
 
     import torch  # seconds, which a wrong path above should not cost
@@ -496,10 +501,13 @@ def _named_config(name: str) -> "ModelConfig":
     return builtin_config(name) if name in builtin_configs() else load_config(name)
 
 
-def _read_manifests(paths: tuple[Path, ...], root: Path | None, outside: bool) -> "list[Utterance]":
+def _read_manifests(
+    paths: tuple[Path, ...], root: Path | None, outside: bool, speed: float | None = 1.0
+) -> "list[Utterance]":
     from jasper_asr.data.manifest import read_manifest
 
-    return [row for path in paths for row in read_manifest(path, audio_root=root, allow_outside_root=outside)]
+    options: dict[str, Any] = {"audio_root": root, "allow_outside_root": outside, "speed": speed}
+    return [row for path in paths for row in read_manifest(path, **options)]
 
 
 def _summary(report: "ErrorReport") -> str:

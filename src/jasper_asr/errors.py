@@ -6,6 +6,7 @@
       ManifestError        3   a manifest row or file that is wrong
       ConfigError          4   a model configuration with unknown, missing or contradictory keys
       ModelError           4   weights or a graph that do not fit
+      CompileError         4   a compiler for another chip that is missing or failed
       StorageError         5   a file that cannot be read or written, a full disk
       DownloadError        6   a transfer that failed, or a hash that differs
 
@@ -46,6 +47,12 @@ class ConfigError(JasperError, ValueError):
 
 class ModelError(JasperError, ValueError):
     """Weights or a graph that do not fit: wrong names, shapes, dtypes, values that are not finite."""
+
+    exit_code = 4
+
+
+class CompileError(JasperError, RuntimeError):
+    """A compiler for another chip (atc) that is not installed, failed, or did not deliver its file."""
 
     exit_code = 4
 

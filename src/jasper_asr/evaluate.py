@@ -97,7 +97,7 @@ def evaluate(
     if not chosen:
         raise ManifestError(f"{_source(utterances)}: no utterance to evaluate; is --max-duration too small?")
     references = [_reference(row, transcriber) for row in chosen]
-    clips = [Clip(row.audio_path, row.offset, row.duration if row.offset else None) for row in chosen]
+    clips = [Clip(row.audio_path, *row.part) for row in chosen]
     started = time.perf_counter()
     results = list(transcriber.transcribe_many(clips, progress=progress))
     seconds = time.perf_counter() - started

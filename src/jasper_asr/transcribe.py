@@ -191,23 +191,25 @@ class Transcriber:
         for name, (_, frames) in zip(names, feats, strict=True):
             self._check_length(name, frames)
         # without masks only utterances of equal length can share a batch
-        size = (shapes.batch_size or len(feats)) if shapes.masked or shapes.frames else 1
+        longest = max((frames for _, frames in feats), default=0)
+        size = (shapes.most(longest) or len(feats)) if shapes.masked or shapes.frames else 1
         rows: list[Float32] = []
         for start in range(0, len(feats), max(size, 1)):
             part = feats[start : start + size]
-            log_probs, lens = self._backend.run(*self._pack(part, shapes.batch_size or len(part)))
+            log_probs, lens = self._backend.run(*self._pack(part))
             rows += [log_probs[index, : lens[index]] for index in range(len(part))]
         for name, row in zip(names, rows, strict=True):
             if not np.isfinite(row).all():
                 raise ModelError(f"{name}: log_probs are not finite; the weights or the precision are unfit")
         return rows
 
-    def _pack(self, feats: list[tuple[Float32, int]], batch_size: int) -> tuple[Float32, NDArray[np.int32]]:
+    def _pack(self, feats: list[tuple[Float32, int]]) -> tuple[Float32, NDArray[np.int32]]:
         """[B, n_filt, T] and lens; rows that only fill up a fixed batch have one silent frame."""
         shapes = self._backend.shapes
         # without masks, zeros beyond the end would be taken for sound: cut to the valid frames
-        widest = max(feat.shape[1] if shapes.masked else length for feat, length in feats)
-        frames = shapes.frames or widest
+        exact = shapes.frames or not shapes.masked
+        widest = max(length if exact else feat.shape[1] for feat, length in feats)
+        batch_size, frames = shapes.fit(len(feats), widest)
         packed = np.zeros((batch_size, self.config.in_feats, frames), np.float32)
         lens = np.ones(batch_size, np.int32)
         for index, (feat, length) in enumerate(feats):
@@ -234,13 +236,15 @@ def load(
     config: ModelConfig | None = None,
     weights: str = "ema",
     threads: int | None = None,
+    device: int | None = None,
     batch_size: int = 1,
     trim_silence: bool | None = None,
     pad_to: float | None = None,
 ) -> Transcriber:
-    """A Transcriber for a built-in name (`mini`), an .onnx, .pt or .safetensors.
+    """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt or .safetensors.
 
     `config` and `weights` (`ema` or `raw`) matter for checkpoints only; `threads` None lets the runtime choose.
+    An .om always runs on the backend `acl`, on the NPU number `device` (0).
     `trim_silence` None does what the config says. `pad_to` (seconds) pads every utterance to that length, as the
     Ascend guide does. Raises StorageError, ConfigError, ModelError or UsageError.
     """
@@ -252,11 +256,12 @@ def load(
     from jasper_asr.model.export import graph_bytes, resolve_model
 
     path = resolve_model(model)
-    if path.suffix == ".onnx":
-        opened = open_backend(backend, path, threads=threads)
+    if path.suffix in (".onnx", ".om"):
+        name = "acl" if path.suffix == ".om" else backend
+        opened = open_backend(name, path, threads=threads, device=device)
     else:
         # alone and at its exact length an utterance needs no masks
         masked = batch_size > 1 or pad_to is not None
         checkpoint = load_checkpoint(path, config=config, weights=weights)
-        opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads)
+        opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads, device=device)
     return Transcriber(opened, batch_size=batch_size, trim_silence=trim_silence, pad_to=pad_to)

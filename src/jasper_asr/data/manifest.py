@@ -23,16 +23,22 @@ class Utterance:
     """One row of a manifest: a stretch of an audio file and its words. Times are in seconds.
 
     `audio_path` is where the file is, `audio_filepath` how the manifest spells it. `text` is as written, not
-    normalised. `source` is "manifest:line", for messages.
+    normalised. An `offset`, even of 0, says that the row is `duration` seconds of a longer file; without one the
+    file is the utterance. `source` is "manifest:line", for messages.
     """
 
     audio_path: Path
     audio_filepath: str
     text: str | None = None
     duration: float | None = None
-    offset: float = 0.0
+    offset: float | None = None
     speaker: str | None = None
     source: str = ""
+
+    @property
+    def part(self) -> tuple[float, float | None]:
+        """(offset, duration) of the file to read; a duration of None is all of it."""
+        return (0.0, None) if self.offset is None else (self.offset, self.duration)
 
 
 def read_manifest(
@@ -98,7 +104,7 @@ def write_nemo_manifest(path: str | os.PathLike[str], utterances: Iterable[Utter
         for key in ("duration", "text"):
             if row[key] is None:
                 raise ManifestError(f"{path}: {utterance.audio_filepath} has no {key}; a manifest needs it")
-        if utterance.offset:
+        if utterance.offset is not None:
             row["offset"] = utterance.offset
         if utterance.speaker is not None:
             row["speaker"] = utterance.speaker
@@ -313,8 +319,8 @@ def _float(value: int | float) -> float:
         return math.inf
 
 
-def _offset(row: _Row) -> float:
-    return 0.0 if row.get("offset") is None else _seconds(row, "offset", least=0)
+def _offset(row: _Row) -> float | None:
+    return None if row.get("offset") is None else _seconds(row, "offset", least=0)
 
 
 def _speaker(row: _Row) -> str | None:

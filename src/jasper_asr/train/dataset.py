@@ -183,7 +183,7 @@ def _fingerprint(utterances: Sequence[Utterance], config: ModelConfig) -> str:
         json.dumps([asdict(config.features), dataset, config.labels, config.stride], default=str).encode()
     )
     for row in utterances:
-        digest.update(f"{row.audio_path}\t{row.offset}\t{row.duration}\t{row.text}\n".encode())
+        digest.update(f"{row.audio_path}\t{row.offset or 0.0}\t{row.duration}\t{row.text}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -234,7 +234,8 @@ def _prepare(row: Utterance, config: ModelConfig) -> tuple[NDArray[np.float32], 
     if row.text is None:
         return "it has no transcript"
     try:
-        samples = audio.load_audio(row.audio_path, offset=row.offset, duration=row.duration if row.offset else None)
+        offset, duration = row.part
+        samples = audio.load_audio(row.audio_path, offset=offset, duration=duration)
     except JasperError as error:
         return str(error)
     if dataset.trim_silence:
