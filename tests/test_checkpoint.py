@@ -162,6 +162,14 @@ def test_a_failed_save_leaves_the_old_file(tiny, ema, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
+def test_a_folder_that_is_not_there(tiny, ema, tmp_path):
+    path = tmp_path / "none" / "m.safetensors"
+    with pytest.raises(StorageError) as caught:
+        save_safetensors(path, tiny, ema.weights)
+    assert str(caught.value).startswith(f"{path}: cannot write it (")
+    assert str(caught.value).endswith("; check folder and space")
+
+
 def full_disk(source: object, target: object) -> None:
     raise OSError(28, "No space left on device")
 

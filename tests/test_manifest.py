@@ -59,7 +59,7 @@ def test_nemo_row(tmp_path):
 def test_nvidia_row(tmp_path):
     path = array(tmp_path, NVIDIA)
     (utterance,) = read_manifest(path)
-    assert utterance == Utterance(tmp_path / "wav" / "a.wav", "wav/a.wav", "Hello, you", 1.5, 0.0, None, f"{path}:2")
+    assert utterance == Utterance(tmp_path / "wav" / "a.wav", "wav/a.wav", "Hello, you", 1.5, None, None, f"{path}:2")
 
 
 def test_nvidia_speeds(tmp_path):

@@ -1,6 +1,5 @@
 """onnxruntime on the CPU."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.backends import Shapes
-from jasper_asr.config import ModelConfig, parse_config
+from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, StorageError
+from jasper_asr.model.export import embedded_config
 
 
 class OrtBackend:
@@ -19,7 +19,7 @@ class OrtBackend:
         self._name = str(model) if isinstance(model, Path) else "<graph>"
         self._session: Any = _open(model, self._name, threads)
         self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.config = _read_config(self.properties, self._name)
+        self.config = embedded_config(self.properties, self._name)
         self.shapes = self._read_shapes(self.properties, self.config)
 
     def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
@@ -80,16 +80,6 @@ def _open(model: Path | bytes, name: str, threads: int | None) -> Any:
         raise ModelError(
             f"{name}: not a model that onnxruntime can load ({_one_line(error)}); export it again"
         ) from error
-
-
-def _read_config(properties: dict[str, str], name: str) -> ModelConfig:
-    if "config" not in properties:
-        raise ModelError(f"{name}: carries no jasper config in its metadata; make it with jasper export")
-    try:
-        raw = json.loads(properties["config"])
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{name}: the config in its metadata is not JSON ({error}); export it again") from error
-    return parse_config(raw, name)
 
 
 def _one_line(error: Exception) -> str:

@@ -173,8 +173,9 @@ def save_safetensors(
 ) -> None:
     """Write weights (float16 if `half`) and the config into one .safetensors file, whole or not at all.
 
-    Raises ModelError for a value beyond float16's 65,504.
+    Raises ModelError for a value beyond float16's 65,504, StorageError when it cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
@@ -189,6 +190,8 @@ def save_safetensors(
     try:
         save_file(tensors, temporary, metadata={"config": json.dumps(config.raw)})
         os.replace(temporary, path)
+    except SafetensorError as error:  # what a missing folder or a full disk becomes
+        raise StorageError(f"{path}: cannot write it ({_one_line(error)}); check folder and space") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,13 +1,14 @@
 """Checkpoint -> .onnx file, and what a model file says of itself."""
 
 import io
+import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jasper_asr.config import ModelConfig
+from jasper_asr.config import ModelConfig, parse_config
 from jasper_asr.errors import ModelError, StorageError
 from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint, parameter_count, save_safetensors
 
@@ -22,8 +23,8 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         raise StorageError(f"{path}: is a folder; give the model file in it")
     if not path.exists():
         raise StorageError(f"{path}: no such model; give a file, or a built-in name ({', '.join(BUILTIN_MODELS)})")
-    if path.suffix not in (".onnx", ".pt", ".pth", ".safetensors"):
-        raise ModelError(f"{path}: unknown kind of model; give .onnx, .pt or .safetensors")
+    if path.suffix not in (".onnx", ".om", ".pt", ".pth", ".safetensors"):
+        raise ModelError(f"{path}: unknown kind of model; give .onnx, .om, .pt or .safetensors")
     return path
 
 
@@ -34,11 +35,14 @@ def graph_bytes(checkpoint: Checkpoint, **shape: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _graph_pieces(checkpoint: Checkpoint, **shape: Any) -> Iterator[bytes]:
+def _graph_pieces(checkpoint: Checkpoint, check: Callable[[Any], None] | None = None, **shape: Any) -> Iterator[bytes]:
     from jasper_asr.model.graph import build_graph, serialize
 
     provenance = {"checkpoint_sha256": checkpoint.sha256, "weights": checkpoint.kind}
-    return serialize(build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape))
+    proto = build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape)
+    if check:
+        check(proto)
+    return serialize(proto)
 
 
 def export_onnx(
@@ -49,16 +53,23 @@ def export_onnx(
     weights: str = "ema",
     batch_size: int | None = None,
     frames: int | None = None,
+    max_frames: int | None = None,
     opset: int = 13,
     masked: bool = True,
+    check: Callable[[Any], None] | None = None,
 ) -> str:
-    """Write `out` whole or not at all; returns one line that says what was made."""
+    """Write `out` whole or not at all; returns one line that says what was made.
+
+    `batch_size`, `frames`, `max_frames`, `opset` and `masked` as in `build_graph`; `check` is given the onnx.ModelProto
+    and raises to refuse it.
+    """
     started = time.perf_counter()
     path = resolve_model(model)
-    if path.suffix == ".onnx":
-        raise ModelError(f"{path}: is an ONNX model already; give a checkpoint")
+    if path.suffix in (".onnx", ".om"):
+        raise ModelError(f"{path}: is an {path.suffix[1:].upper()} model already; give a checkpoint")
     checkpoint = load_checkpoint(path, config=config, weights=weights)
-    pieces = _graph_pieces(checkpoint, batch_size=batch_size, frames=frames, opset=opset, masked=masked)
+    shape = {"batch_size": batch_size, "frames": frames, "max_frames": max_frames}
+    pieces = _graph_pieces(checkpoint, check, **shape, opset=opset, masked=masked)
     temporary = out.with_name(out.name + ".part")
     try:
         with temporary.open("wb") as file:
@@ -98,21 +109,50 @@ def describe(model: str | os.PathLike[str], *, config: ModelConfig | None = None
     path = resolve_model(model)
     if path.suffix == ".onnx":
         return _describe_onnx(path)
+    if path.suffix == ".om":
+        return _describe_om(path)
     checkpoint = load_checkpoint(path, config=config)
     extra = {"weights": checkpoint.kind, "checkpoint_sha256": checkpoint.sha256}
     return _facts(path, checkpoint.config, ["B", checkpoint.config.in_feats, "T"], extra)
 
 
-def _describe_onnx(path: Path) -> dict[str, Any]:
-    from jasper_asr.backends import open_backend
+def embedded_config(properties: Mapping[str, str], name: str) -> ModelConfig:
+    """The config in the metadata of an .onnx; `name` names it in errors. Raises ModelError or ConfigError."""
+    if "config" not in properties:
+        raise ModelError(f"{name}: carries no jasper config in its metadata; make it with jasper export")
+    try:
+        raw = json.loads(properties["config"])
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{name}: the config in its metadata is not JSON ({error}); export it again") from error
+    return parse_config(raw, name)
 
-    backend = open_backend("ort", path)
-    shapes = backend.shapes
-    size = [shapes.batch_size or "B", backend.config.in_feats, shapes.frames or "T"]
-    properties = dict(getattr(backend, "properties", {}))
-    properties.pop("config", None)
-    backend.close()
-    return _facts(path, backend.config, size, {"model_sha256": file_sha256(path)} | properties)
+
+def _describe_onnx(path: Path) -> dict[str, Any]:
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own kinds
+        raise ModelError(f"{path}: not an ONNX model; export it again") from error
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    config = embedded_config(properties, str(path))
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    if "feats" not in shapes or len(shapes["feats"]) != 3:
+        raise ModelError(f"{path}: has no input feats [B, {config.in_feats}, T]; make it with jasper export")
+    batch, _, frames = (size.dim_value for size in shapes["feats"])
+    del properties["config"]
+    size = [batch or "B", config.in_feats, frames or "T"]
+    return _facts(path, config, size, {"model_sha256": file_sha256(path)} | properties)
+
+
+def _describe_om(path: Path) -> dict[str, Any]:
+    from jasper_asr.backends.acl import read_sidecar
+
+    sidecar = read_sidecar(path)
+    shapes, facts = sidecar.shapes, {"model_sha256": file_sha256(path), "masked": sidecar.masked} | sidecar.facts
+    gears = {"gears": ", ".join(f"{batch} x {frames}" for batch, frames in shapes.gears)} if shapes.gears else {}
+    size = [shapes.batch_size, sidecar.config.in_feats, shapes.frames]
+    return _facts(path, sidecar.config, size, gears | facts)
 
 
 def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, Any]) -> dict[str, Any]:

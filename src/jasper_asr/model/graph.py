@@ -32,18 +32,20 @@ def build_graph(
     *,
     batch_size: int | None = None,
     frames: int | None = None,
+    max_frames: int | None = None,
     opset: int = 13,
     masked: bool = True,
     provenance: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
     """The network as one self-contained ONNX model.
 
-    `batch_size` and `frames` fix the input's shape; None leaves a dimension open. `provenance` (for instance
+    `batch_size` and `frames` fix the input's shape; None leaves a dimension open. `max_frames` bounds open frames, so
+    that the masks need no Shape and no Range; a longer input gets wrong masks. `provenance` (for instance
     `checkpoint_sha256`) joins the metadata. Raises UsageError for an opset or a size that cannot be.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset}: choose {MIN_OPSET} to {MAX_OPSET}")
-    if (batch_size is not None and batch_size < 1) or (frames is not None and frames < 1):
+    if any(size is not None and size < 1 for size in (batch_size, frames, max_frames)):
         raise UsageError("batch-size and frames must be at least 1")
     model = onnx.ModelProto(
         ir_version=next(version for span, version in _IR_VERSION.items() if opset in span),
@@ -51,10 +53,11 @@ def build_graph(
         producer_version=__version__,
         opset_import=[helper.make_opsetid("", opset)],
     )
-    helper.set_model_props(model, metadata(config, masked) | (provenance or {}))
+    bound = {"max_frames": str(max_frames)} if max_frames and not frames else {}
+    helper.set_model_props(model, metadata(config, masked) | bound | (provenance or {}))
     # filled in place: onnx.helper would copy 1.3 GB of Jasper 10x5 three times
     graph = _Graph(model.graph, opset)
-    builder = _Encoder(graph, config, weights, masked, frames)
+    builder = _Encoder(graph, config, weights, masked, frames, max_frames)
     log_probs = builder.run()
     graph.rename(log_probs, "log_probs")
     graph.rename(builder.lens, "log_prob_lens")
@@ -138,8 +141,14 @@ class _Graph:
         return output
 
     def rename(self, value: str, name: str) -> None:
-        """Give a value the name of an output."""
-        self.proto.node.append(helper.make_node("Identity", [value], [name], name=name))
+        """Give a value the name of an output; only an input needs an Identity for that."""
+        if not any(value in node.output for node in self.proto.node):
+            self.proto.node.append(helper.make_node("Identity", [value], [name], name=name))
+            return
+        for node in self.proto.node:
+            for names in (node.input, node.output):
+                for index, found in enumerate(names):
+                    names[index] = name if found == value else found
 
     def unsqueeze(self, value: str, axes: Sequence[int]) -> str:
         return self._axes_node("Unsqueeze", value, axes)
@@ -156,12 +165,21 @@ class _Graph:
 class _Encoder:
     """Walks the blocks; keeps the current lengths and the mask that belongs to the current time resolution."""
 
-    def __init__(self, graph: _Graph, config: ModelConfig, weights: Weights, masked: bool, frames: int | None) -> None:
+    def __init__(
+        self,
+        graph: _Graph,
+        config: ModelConfig,
+        weights: Weights,
+        masked: bool,
+        frames: int | None,
+        max_frames: int | None,
+    ) -> None:
         self.graph = graph
         self.config = config
         self.weights = weights
         self.masked = masked
         self.frames = frames
+        self.max_frames = max_frames
         self.lens = "feat_lens"
         self.mask = ""
 
@@ -232,6 +250,8 @@ class _Encoder:
         self.lens = graph.node("Add", halved, graph.constant(np.array(1, np.int32)))
         if self.frames:
             self.frames = (self.frames + offset) // layer.stride + 1
+        if self.max_frames:
+            self.max_frames = (self.max_frames + offset) // layer.stride + 1
         self.mask = self.build_mask(value)
 
     def build_mask(self, value: str) -> str:
@@ -239,15 +259,31 @@ class _Encoder:
         if not self.masked:
             return ""
         graph = self.graph
-        if self.frames:
-            positions = graph.constant(np.arange(self.frames, dtype=np.int32), f"positions_{self.frames}")
-        else:
-            shape = graph.node("Shape", value)
-            length = graph.node("Gather", shape, graph.constant(np.array(3, np.int64)), axis=0)
-            zero, one = (graph.constant(np.array(number, np.int64)) for number in (0, 1))
-            positions = graph.node("Cast", graph.node("Range", zero, length, one), to=TensorProto.INT32)
-        inside = graph.node("Less", positions, graph.unsqueeze(self.lens, [1, 2, 3]))
+        inside = graph.node("Less", self.positions(value), graph.unsqueeze(self.lens, [1, 2, 3]))
         return graph.node("Cast", inside, to=TensorProto.FLOAT)
+
+    def positions(self, value: str) -> str:
+        """int32 [1, 1, 1, T] or [T]: 0, 1, 2 and so on for the T frames of `value` [B, C, 1, T]."""
+        graph = self.graph
+        if self.frames:
+            return self.arange(self.frames)
+        if self.max_frames:
+            # a row of any T values behind the M constants, then the last M cut off, leaves the first T constants
+            zeros, ones = (graph.constant(np.full(2, number, np.int64)) for number in (0, 1))
+            row = graph.node("Slice", value, zeros, ones, graph.constant(np.array([0, 1], np.int64)))
+            row = graph.node("Cast", row, to=TensorProto.INT32)
+            both = graph.node("Concat", self.arange(self.max_frames), row, axis=3)
+            start, end, axis = (graph.constant(np.array([number], np.int64)) for number in (0, -self.max_frames, 3))
+            return graph.node("Slice", both, start, end, axis)
+        shape = graph.node("Shape", value)
+        length = graph.node("Gather", shape, graph.constant(np.array(3, np.int64)), axis=0)
+        zero, one = (graph.constant(np.array(number, np.int64)) for number in (0, 1))
+        return graph.node("Cast", graph.node("Range", zero, length, one), to=TensorProto.INT32)
+
+    def arange(self, length: int) -> str:
+        """Constant int32 [1, 1, 1, length]."""
+        values = np.arange(length, dtype=np.int32).reshape(1, 1, 1, length)
+        return self.graph.constant(values, f"positions_{length}")
 
     def masked_value(self, value: str) -> str:
         return self.graph.node("Mul", value, self.mask) if self.masked else value
