@@ -440,13 +440,15 @@ def test_facts(data, tiny, tmp_path):
     for found in (facts, exported):
         assert found["parameters"] == 309_277
         assert found["blocks"] == 6
-        assert found["stride"] == "2 feature frames, 20 ms an output frame"
-        assert found["receptive_field"] == "299 feature frames, 2.99 s"
+        assert (found["stride"], found["frame_seconds"]) == (2, 0.02)
+        assert (found["receptive_field"], found["receptive_field_seconds"]) == (299, 2.99)
+        assert (found["labels"], found["blank"]) == (list(tiny.labels), 28)
         assert found["checkpoint_sha256"] == digest
-        assert found["features"] == "64 mel bands, 20 ms window, 10 ms stride, 16000 Hz"
-    assert facts["inputs"] == "feats float32 [B, 64, T], feat_lens int32 [B]"
-    assert exported["inputs"] == "feats float32 [2, 64, 100], feat_lens int32 [2]"
-    assert exported["outputs"] == "log_probs float32 [2, T', 29], log_prob_lens int32 [2]"
+        assert found["features"] == {"n_filt": 64, "window_size": 0.02, "window_stride": 0.01, "sample_rate": 16000}
+    assert facts["inputs"] == {"feats": ["B", 64, "T"], "feat_lens": ["B"]}
+    assert exported["inputs"] == {"feats": [2, 64, 100], "feat_lens": [2]}
+    assert exported["outputs"] == {"log_probs": [2, "T'", 29], "log_prob_lens": [2]}
+    assert exported["masked"] is True
     assert exported["model_sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
     assert exported["file_bytes"] == out.stat().st_size
 

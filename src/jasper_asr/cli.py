@@ -118,6 +118,7 @@ def _existing(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--threads", type=click.IntRange(1), help="Threads of the runtime; its own choice by default."
             ),
+            click.option("--device", type=click.IntRange(0), help="Number of the NPU, for an .om."),
             click.option(
                 "--trim-silence/--no-trim-silence",
                 default=None,
@@ -241,24 +242,68 @@ def evaluate(
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), help="Fix the batch size (default: any).")
 @click.option("--frames", type=click.IntRange(1), help="Fix the number of feature frames (default: any).")
-@click.option("--opset", type=click.IntRange(*OPSETS), default=13, show_default=True)
+@click.option("--opset", type=click.IntRange(*OPSETS), help="Default: 13, for --target ascend 11.")
+@click.option("--target", type=click.Choice(["onnx", "ascend"]), default="onnx", show_default=True)
+@click.option("--max-frames", type=click.IntRange(1), help="Longest input of --target ascend without --frames. [4000]")
 @click.option("--exact-lengths", is_flag=True, help="Leave the masks out: every utterance must fill all frames.")
 @click.option("--half", is_flag=True, help="Store .safetensors weights as float16.")
-def export(checkpoint: Path, out: Path, config: Path | None, weights: str, half: bool, **shape: Any) -> None:
-    """Write a checkpoint (.pt, .safetensors or a built-in name) as a self-describing .onnx, or as .safetensors."""
-    from jasper_asr.model import export as exports
+def export(
+    checkpoint: Path, out: Path, config: Path | None, weights: str, target: str, half: bool, **shape: Any
+) -> None:
+    """Write a checkpoint (.pt, .safetensors or a built-in name) as a self-describing .onnx, or as .safetensors.
 
+    --target ascend writes only what Ascend's compiler takes; see jasper compile.
+    """
     if out.suffix not in (".onnx", ".safetensors"):
         raise UsageError(f"{out}: the output must end in .onnx or .safetensors")
     if half and out.suffix == ".onnx":
         raise UsageError(f"{out}: --half is for .safetensors only")
+    exact_lengths = shape.pop("exact_lengths")
+    shape = {name: value for name, value in shape.items() if value is not None}
+    if target == "ascend" and (exact_lengths or out.suffix != ".onnx"):
+        raise UsageError("--target ascend writes .onnx with masks; leave out --exact-lengths")
+    if target == "onnx" and "max_frames" in shape:
+        raise UsageError("--max-frames is for --target ascend")
     _check_writable(out)
-    if out.suffix == ".safetensors":
-        summary = exports.export_safetensors(checkpoint, out, config=_config(config), weights=weights, half=half)
+    source: dict[str, Any] = {"config": _config(config), "weights": weights}
+    if target == "ascend":
+        from jasper_asr.deploy import ascend
+
+        sizes: dict[str, Any] = {"batch_size": None, "frames": None} | shape
+        summary = ascend.export_for_ascend(checkpoint, out, **source, **sizes)
     else:
-        shape["masked"] = not shape.pop("exact_lengths")
-        summary = exports.export_onnx(checkpoint, out, config=_config(config), weights=weights, **shape)
+        from jasper_asr.model import export as exports
+
+        if out.suffix == ".safetensors":
+            summary = exports.export_safetensors(checkpoint, out, **source, half=half)
+        else:
+            summary = exports.export_onnx(checkpoint, out, **source, **shape, masked=not exact_lengths)
     _note(f"{out}: {summary}")
+
+
+@command.command("compile", cls=_Variadic)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", type=click.Choice(["ascend"]), default="ascend", show_default=True)
+@click.option("--soc", required=True, help="Chip, such as Ascend310 or Ascend310P3.")
+@click.option("--output", "out", type=click.Path(path_type=Path), help="The .om to write (default: beside the model).")
+@click.option("--precision", help="A value of atc's --precision_mode_v2 or --precision_mode.")
+@click.option("--keep-fp32", multiple=True, help="Nodes, ONNX ops or Ascend op types to keep in float32.")
+@click.option("--gears", help="Sizes of an open dimension: 1,4,8,16 (batch) or 1024,2048,4000 (frames).")
+@click.option("--atc", type=click.Path(path_type=Path), help="The compiler (default: on PATH or ASCEND_TOOLKIT_HOME).")
+@click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds.")
+@click.option("--dry-run", is_flag=True, help="Print the atc command and stop.")
+def compile_model(model: Path, target: str, gears: str | None, dry_run: bool, **options: Any) -> None:
+    """Compile an .onnx of `jasper export --target ascend` to an .om for Ascend NPUs, by atc.
+
+    Contract-tested against a double of atc, not yet run with the real one.
+    """
+    from jasper_asr.deploy import ascend
+
+    parsed = ascend.parse_gears(gears) if gears else None
+    report = ascend.compile_om(
+        model, gears=parsed, dry_run=dry_run, progress=lambda line: click.echo(line, err=True), **options
+    )
+    click.echo(report.shell if dry_run else str(report.om))
 
 
 @command.command()
@@ -275,7 +320,7 @@ def info(model: str, config: Path | None, layout: str) -> None:
         return
     width = max(map(len, facts))
     for key, value in facts.items():
-        click.echo(f"{key:<{width}}  {value:,}" if isinstance(value, int) else f"{key:<{width}}  {value}")
+        click.echo(f"{key:<{width}}  {_readable(value)}")
 
 
 @command.command()
@@ -508,6 +553,19 @@ def _read_manifests(
 
     options: dict[str, Any] = {"audio_root": root, "allow_outside_root": outside, "speed": speed}
     return [row for path in paths for row in read_manifest(path, **options)]
+
+
+def _readable(value: object) -> str:
+    """A fact as text: grouped digits, lists in brackets, a list of characters as one word."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(part)}" for key, part in value.items())
+    if isinstance(value, list) and all(isinstance(part, str) and len(part) == 1 for part in value) and len(value) > 3:
+        return "".join(value).replace(" ", "␣")
+    return f"[{', '.join(map(_readable, value))}]" if isinstance(value, list) else str(value)
 
 
 def _summary(report: "ErrorReport") -> str:

@@ -75,6 +75,9 @@ def export_onnx(
         with temporary.open("wb") as file:
             file.writelines(pieces)
         os.replace(temporary, out)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StorageError(f"{out}: cannot write it ({reason}); check folder and space") from error
     finally:
         temporary.unlink(missing_ok=True)
     parameters = parameter_count(checkpoint.config)
@@ -142,7 +145,8 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
     batch, _, frames = (size.dim_value for size in shapes["feats"])
     del properties["config"]
     size = [batch or "B", config.in_feats, frames or "T"]
-    return _facts(path, config, size, {"model_sha256": file_sha256(path)} | properties)
+    masked = properties.pop("masked", "true") == "true"
+    return _facts(path, config, size, {"model_sha256": file_sha256(path), "masked": masked} | properties)
 
 
 def _describe_om(path: Path) -> dict[str, Any]:
@@ -150,29 +154,27 @@ def _describe_om(path: Path) -> dict[str, Any]:
 
     sidecar = read_sidecar(path)
     shapes, facts = sidecar.shapes, {"model_sha256": file_sha256(path), "masked": sidecar.masked} | sidecar.facts
-    gears = {"gears": ", ".join(f"{batch} x {frames}" for batch, frames in shapes.gears)} if shapes.gears else {}
+    gears = {"gears": [list(gear) for gear in shapes.gears]} if shapes.gears else {}
     size = [shapes.batch_size, sidecar.config.in_feats, shapes.frames]
     return _facts(path, sidecar.config, size, gears | facts)
 
 
 def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
-    field = config.receptive_field()
-    stride_ms = config.frame_seconds * 1000
-    classes = config.n_classes
+    field, front_end = config.receptive_field(), config.features
     facts = {
         "model": config.name,
         "file": str(path),
         "file_bytes": path.stat().st_size,
         "parameters": parameter_count(config),
         "blocks": len(config.blocks),
-        "stride": f"{config.stride} feature frames, {stride_ms:g} ms an output frame",
-        "receptive_field": f"{field} feature frames, {field * config.features.window_stride:.2f} s",
-        "inputs": f"feats float32 [{', '.join(map(str, size))}], feat_lens int32 [{size[0]}]",
-        "outputs": f"log_probs float32 [{size[0]}, T', {classes}], log_prob_lens int32 [{size[0]}]",
-        "labels": "".join(config.labels).replace(" ", "␣") + f", blank is {config.blank_id}",
-        "features": (
-            f"{config.features.n_filt} mel bands, {config.features.window_size * 1000:g} ms window, "
-            f"{config.features.window_stride * 1000:g} ms stride, {config.features.sample_rate} Hz"
-        ),
+        "stride": config.stride,
+        "frame_seconds": config.frame_seconds,
+        "receptive_field": field,
+        "receptive_field_seconds": round(field * front_end.window_stride, 6),
+        "inputs": {"feats": size, "feat_lens": size[:1]},
+        "outputs": {"log_probs": [size[0], "T'", config.n_classes], "log_prob_lens": size[:1]},
+        "labels": list(config.labels),
+        "blank": config.blank_id,
+        "features": {key: getattr(front_end, key) for key in ("n_filt", "window_size", "window_stride", "sample_rate")},
     }
     return facts | {key: value for key, value in extra.items() if key not in facts}
