@@ -1,0 +1,331 @@
+"""CTC prefix beam search over characters, with a word language model: log_probs -> the best texts.
+
+A text's score is
+
+    acoustic + lm_weight * log P_lm(text) + word_bonus * words - unknown_penalty * unknown words + hotwords,
+
+natural logarithms all; acoustic is the log-probability of the text under CTC (Graves et al. 2006), summed over every
+alignment of every label sequence that reads the same once its spaces are tidied. With an unlimited beam the
+search finds the best text exactly; with a limited one it follows Hannun et al. 2014: prefixes of texts are extended
+frame by frame, each with its probability of ending in a blank and of ending in its last label.
+
+The model scores a word when it ends. Until then its prefix counts as the likeliest word that begins so (as a
+single word, without context): else words would start for free, and be paid for when the beam has already chosen.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jasper_asr.errors import UsageError
+from jasper_asr.lm import UNKNOWN, NgramModel, State
+from jasper_asr.wer import EditCounts, count_word_edits
+
+LM_WEIGHT, WORD_BONUS, UNKNOWN_PENALTY = 0.5, 1.0, 4.0
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text without spaces at its ends or two in a row, its score, and the part of it that CTC gave."""
+
+    text: str
+    score: float
+    acoustic: float
+
+
+def beam_search(
+    log_probs: NDArray[np.floating],
+    length: int,
+    labels: Sequence[str],
+    *,
+    lm: NgramModel | None = None,
+    beam_width: int = 64,
+    lm_weight: float = LM_WEIGHT,
+    word_bonus: float = WORD_BONUS,
+    unknown_penalty: float = UNKNOWN_PENALTY,
+    hotwords: Mapping[str, float] | None = None,
+    token_min_logp: float = -5.0,
+    beam_min_logp: float = -16.0,
+) -> list[Hypothesis]:
+    """The best texts of log_probs float [T', n_classes], blank last, best first; frames from `length` on are padding.
+
+    Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives single words a score, added for
+    each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there unless it is
+    the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
+    Raises UsageError for a hotword that is not one word, and for a beam without width.
+    """
+    if beam_width < 1:
+        raise UsageError(f"beam width {beam_width}: must be at least 1")
+    scorer = _Scorer(lm, labels, lm_weight, word_bonus, unknown_penalty, hotwords or {})
+    beam, offset = [scorer.root()], 0.0
+    for number, frame in enumerate(_frames(log_probs[:length], token_min_logp)):
+        ranked = _extend(beam, number, frame, scorer)
+        beam, scale = _prune(ranked, beam_width, beam_min_logp, scorer)
+        offset += frame.offset + scale
+        if number % _TIDY_EVERY == _TIDY_EVERY - 1:
+            _forget_dead_ends(beam)
+    return _finish(beam, offset, scorer)
+
+
+def tune(
+    log_probs: Sequence[NDArray[np.floating]],
+    references: Sequence[str],
+    labels: Sequence[str],
+    lm: NgramModel,
+    grid: Iterable[tuple[float, float]],
+    *,
+    beam_width: int = 64,
+) -> tuple[float, float, float]:
+    """The (lm_weight, word_bonus) of `grid` with the lowest WER on utterances [T', n_classes], and that WER.
+
+    The WER is a fraction; of equals the first in the grid wins.
+    """
+    best = (math.nan, math.nan, math.inf)
+    for weight, bonus in grid:
+        counts = EditCounts(0, 0, 0, 0)
+        for rows, reference in zip(log_probs, references, strict=True):
+            found = beam_search(
+                rows, len(rows), labels, lm=lm, beam_width=beam_width, lm_weight=weight, word_bonus=bonus
+            )
+            counts += count_word_edits(reference, found[0].text)
+        if counts.rate < best[2]:
+            best = (weight, bonus, counts.rate)
+    return best
+
+
+_TIDY_EVERY = 256  # frames; bounds the memory of hours of audio
+
+
+class _Spelling:
+    """The letters of a word so far, and what they promise."""
+
+    __slots__ = ("ahead", "children", "high", "low", "text")
+
+    def __init__(self, text: str, low: int, high: int, ahead: float) -> None:
+        self.text = text
+        self.low, self.high = low, high  # the words of the vocabulary that begin so
+        self.ahead = ahead  # the best score that a word beginning so has without its context
+        self.children: dict[int, _Spelling] = {}
+
+
+class _Prefix:
+    """A node in the tree of texts: its parent's text and one more label. The root counts as ending in a space.
+
+    `p_blank` and `p_label` hold the probability, relative to the search's offset, of all alignments so far that end
+    in a blank and in the label itself; `next_*` collect those of the frame in work, whose number is `frame`.
+    """
+
+    __slots__ = (
+        "children", "frame", "label", "next_blank", "next_label", "p_blank", "p_label", "parent", "promise", "settled",
+        "spelling", "state", "word",
+    )  # fmt: skip
+
+    def __init__(self, parent: "_Prefix | None", label: int, spelling: _Spelling, state: State, settled: float) -> None:
+        self.parent, self.label, self.spelling, self.state = parent, label, spelling, state
+        self.settled = settled  # the score of the finished words
+        self.promise = settled + spelling.ahead
+        self.children: dict[int, _Prefix] = {}
+        self.word: tuple[State, float] | None = None  # what ending the word here gives, once it is asked for
+        self.frame = -1
+        self.p_blank = self.p_label = self.next_blank = self.next_label = 0.0
+
+
+class _Scorer:
+    """What words are worth, and the tree of prefixes that grows by it."""
+
+    def __init__(
+        self,
+        lm: NgramModel | None,
+        labels: Sequence[str],
+        lm_weight: float,
+        word_bonus: float,
+        unknown_penalty: float,
+        hotwords: Mapping[str, float],
+    ) -> None:
+        for word in hotwords:
+            if [word] != word.split():
+                raise UsageError(f"hotword {word!r}: must be one word; give each word its own weight")
+        self.lm, self.labels, self.hotwords = lm, labels, hotwords
+        self.lm_weight, self.word_bonus, self.unknown_penalty = lm_weight, word_bonus, unknown_penalty
+        self.space = labels.index(" ") if " " in labels else -1
+        self.words: Sequence[str] = lm.words if lm else ()
+        self.unknown = lm.word_id(UNKNOWN) if lm else -1
+        self.empty = _Spelling("", 0, len(self.words), 0.0)
+
+    def root(self) -> _Prefix:
+        prefix = _Prefix(None, self.space, self.empty, self.lm.start() if self.lm else (), 0.0)
+        prefix.p_blank = 1.0
+        return prefix
+
+    def promise(self, prefix: _Prefix, label: int) -> float:
+        """The promise of a child of `prefix`."""
+        if label != self.space:
+            return prefix.settled + self.spell(prefix.spelling, label).ahead
+        if prefix.word is None:
+            prefix.word = self.word(prefix.state, prefix.spelling.text)
+        return prefix.settled + prefix.word[1]
+
+    def extend(self, prefix: _Prefix, label: int) -> _Prefix:
+        """A new child of `prefix`; a space ends the word."""
+        if label == self.space:
+            state, score = prefix.word or self.word(prefix.state, prefix.spelling.text)
+            child = _Prefix(prefix, label, self.empty, state, prefix.settled + score)
+        else:
+            child = _Prefix(prefix, label, self.spell(prefix.spelling, label), prefix.state, prefix.settled)
+        prefix.children[label] = child
+        return child
+
+    def word(self, state: State, word: str) -> tuple[State, float]:
+        """The state after `word`, and what it scores there."""
+        score = self.hotwords.get(word, 0.0)
+        if self.lm is None:
+            return state, score
+        index = self.lm.word_id(word)
+        state, log_prob = self.lm.advance_id(state, index)
+        score += self.lm_weight * log_prob + self.word_bonus
+        return state, score - self.unknown_penalty if index == self.unknown else score
+
+    def end(self, prefix: _Prefix) -> float:
+        """What all words of a text that ends here score, and its end."""
+        state, score = prefix.state, prefix.settled
+        if prefix.spelling.text:
+            state, last = self.word(state, prefix.spelling.text)
+            score += last
+        return score + self.lm_weight * self.lm.finish(state) if self.lm else score
+
+    def spell(self, spelling: _Spelling, label: int) -> _Spelling:
+        """`spelling` with one more letter."""
+        child = spelling.children.get(label)
+        if child is None:
+            text = spelling.text + self.labels[label]
+            low = bisect_left(self.words, text, spelling.low, spelling.high)
+            high = bisect_left(self.words, text + chr(0x10FFFF), low, spelling.high)
+            child = spelling.children[label] = _Spelling(text, low, high, self.ahead(text, low, high))
+        return child
+
+    def ahead(self, text: str, low: int, high: int) -> float:
+        """The best that words low to high, an unknown word, and hotwords beginning with `text` score out of context."""
+        best = 0.0
+        if self.lm:
+            best = self.word((), UNKNOWN)[1]
+            if low < high:
+                known = float(self.lm.levels[0].log_probs[low:high].max())
+                best = max(best, self.lm_weight * known + self.word_bonus)
+        for word, weight in self.hotwords.items():
+            if word.startswith(text):  # its weight comes letter by letter, or each first letter would fill the beam
+                best = max(best, self.word((), word)[1] - weight * (1 - len(text) / len(word)))
+        return best
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Probabilities of all classes in one frame, relative to the likeliest, and the labels worth trying.
+
+    `offset` is the likeliest's log-probability.
+    """
+
+    probs: list[float]
+    choices: list[tuple[int, float]]
+    offset: float
+
+
+def _frames(log_probs: NDArray[np.floating], token_min_logp: float) -> Iterator[_Frame]:
+    rows = log_probs.astype(np.float64)
+    offsets = rows.max(axis=1, keepdims=True)
+    probs = np.exp(rows - offsets)
+    tried = (rows > token_min_logp) | (rows == offsets)
+    for row, chosen, offset in zip(probs.tolist(), tried[:, :-1], offsets[:, 0].tolist(), strict=True):
+        yield _Frame(row, [(label, row[label]) for label in np.flatnonzero(chosen).tolist()], offset)
+
+
+_Ranked = tuple[float, _Prefix, int, float]
+"""Score so far with the promise of unfinished words; a prefix; -1, or the label of a child of it that is yet to be
+made, and the child's probability. Most are never made: they do not survive the frame.
+"""
+
+
+def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer) -> list[_Ranked]:
+    """All that frame `number` can make of `beam`, the `next_*` of existing prefixes complete."""
+    space, probs, p_blank = scorer.space, frame.probs, frame.probs[-1]
+    p_space = probs[space] if space >= 0 else 0.0
+    active: list[_Prefix] = []
+    ranked: list[_Ranked] = []
+    for prefix in beam:
+        last, blank, total = prefix.label, prefix.p_blank, prefix.p_blank + prefix.p_label
+        if prefix.frame != number:
+            prefix.frame, prefix.next_blank, prefix.next_label = number, 0.0, 0.0
+            active.append(prefix)
+        prefix.next_blank += total * p_blank
+        # where a word is yet to begin, spaces change nothing, with blanks between them or not
+        prefix.next_label += total * p_space if last == space else prefix.p_label * probs[last]
+        for label, prob in frame.choices:
+            if label == last and label == space:
+                continue
+            gain = prob * (blank if label == last else total)
+            child = prefix.children.get(label)
+            if child is None:
+                if gain:
+                    ranked.append((math.log(gain) + scorer.promise(prefix, label), prefix, label, gain))
+                continue
+            if child.frame != number:
+                child.frame, child.next_blank, child.next_label = number, 0.0, 0.0
+                active.append(child)
+            child.next_label += gain
+    for prefix in active:
+        if total := prefix.next_blank + prefix.next_label:
+            ranked.append((math.log(total) + prefix.promise, prefix, -1, total))
+    return ranked
+
+
+def _prune(ranked: list[_Ranked], width: int, min_logp: float, scorer: _Scorer) -> tuple[list[_Prefix], float]:
+    """The best of `ranked`, made current, and the logarithm of what their probabilities were divided by."""
+    ranked.sort(key=itemgetter(0), reverse=True)
+    least = ranked[0][0] + min_logp
+    kept = [item for item in ranked[:width] if item[0] >= least]
+    scale = max(prob for _, _, _, prob in kept)
+    beam = []
+    for _, prefix, label, prob in kept:
+        if label >= 0:
+            prefix = scorer.extend(prefix, label)
+            prefix.next_label = prob
+        prefix.p_blank, prefix.p_label = prefix.next_blank / scale, prefix.next_label / scale
+        beam.append(prefix)
+    return beam, math.log(scale)
+
+
+def _forget_dead_ends(beam: Sequence[_Prefix]) -> None:
+    """Leave in the tree only what leads to `beam`."""
+    alive: set[_Prefix] = set()
+    for prefix in beam:
+        node: _Prefix | None = prefix
+        while node and node not in alive:
+            alive.add(node)
+            node = node.parent
+    for prefix in alive:
+        prefix.children = {label: child for label, child in prefix.children.items() if child in alive}
+
+
+def _finish(beam: Sequence[_Prefix], offset: float, scorer: _Scorer) -> list[Hypothesis]:
+    """Hypotheses of the last frame's beam; a text with and one without a space after it are the same."""
+    probs: dict[_Prefix, float] = {}
+    for prefix in beam:
+        text = prefix.parent if prefix.parent and prefix.label == scorer.space else prefix
+        probs[text] = probs.get(text, 0.0) + prefix.p_blank + prefix.p_label
+    found = []
+    for prefix, prob in probs.items():
+        acoustic = math.log(prob) + offset
+        found.append(Hypothesis(_text(prefix, scorer.labels), acoustic + scorer.end(prefix), acoustic))
+    return sorted(found, key=attrgetter("score"), reverse=True)
+
+
+def _text(prefix: _Prefix, labels: Sequence[str]) -> str:
+    letters = []
+    while prefix.parent:
+        letters.append(labels[prefix.label])
+        prefix = prefix.parent
+    return "".join(reversed(letters))
