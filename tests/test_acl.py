@@ -15,9 +15,8 @@ import jasper_asr
 from acl_double import AclDouble, write_om
 from helpers_audio import CHECKPOINT, DATA, sound, tiny_config, write_model
 from jasper_asr.backends import Shapes, acl, open_backend
-from jasper_asr.backends.acl import AclBackend, read_sidecar
+from jasper_asr.backends.acl import AclBackend, describe_om, read_sidecar
 from jasper_asr.errors import JasperError, ModelError, StorageError, UsageError
-from jasper_asr.model.export import describe
 
 KINDS = {
     "static": ({"batch_size": 4, "frames": 304}, [(4, 304)]),
@@ -779,11 +778,11 @@ def test_models_that_are_no_om(dynamic):
 
 
 def test_info_of_an_om_needs_no_cann(oms):
-    facts = describe(oms["dims"])
+    facts = describe_om(oms["dims"])
     assert facts["inputs"] == {"feats": [4, 64, 304], "feat_lens": [4]}
     assert facts["gears"] == [[1, 160], [2, 240], [4, 304]]
     assert facts["soc_version"] == "Ascend310P3"
-    assert "gears" not in describe(oms["static"])
+    assert "gears" not in describe_om(oms["static"])
 
 
 def test_a_sidecar_is_what_the_module_says(oms):

@@ -22,6 +22,7 @@ ROOMS = [
     ["backends"],
     ["deploy"],
     ["model", "data", "features"],
+    ["beam"],
     ["config", "audio", "text", "decode", "wer"],
     ["lm"],
     ["errors", "_version"],

@@ -183,7 +183,8 @@ def test_pruning_drops_the_ngrams_whose_loss_matters_least(order):
     for share in (0.2, 0.5, 0.9):
         ranked = sorted(costs.values())
         at = int(share * len(ranked))
-        threshold = (ranked[at - 1] + ranked[at]) / 2
+        low, high = max(itertools.pairwise(ranked[at - 5 : at + 5]), key=lambda pair: pair[1] - pair[0])  # no ties
+        threshold = (low + high) / 2
         model = estimate(text, order, prune=threshold)
         assert model.counts[-1] == sum(cost >= threshold for cost in costs.values())
         for gram, cost in costs.items():
@@ -315,7 +316,7 @@ def test_our_format_within_quantisation(tmp_path):
         assert np.array_equal(level.words, other.words)
         assert np.array_equal(level.first, other.first)
         for values, coded in ((level.log_probs, other.log_probs), (level.backoffs, other.backoffs)):
-            assert np.abs(values - coded).max() < 0.2
+            assert np.abs(values - coded).max() < 0.5
             assert np.abs(values - coded).mean() < 0.02
             assert np.array_equal(values == 0, coded == 0)
     assert again.perplexity(text) == pytest.approx(model.perplexity(text), rel=0.01)
@@ -409,7 +410,7 @@ def test_a_damaged_file_of_ours_is_never_taken_for_whole(tmp_path, arpa):
     model.save(path)
     data = path.read_bytes()
     messages = []
-    for at in range(0, len(data), 7):
+    for at in range(0, len(data), 11):
         flipped = bytearray(data)
         flipped[at] ^= 0x55
         for broken in (data[:at], bytes(flipped)):
@@ -418,15 +419,19 @@ def test_a_damaged_file_of_ours_is_never_taken_for_whole(tmp_path, arpa):
                 assert NgramModel.load(bad).score(["a", "b"]) == model.score(["a", "b"])
             except ModelError as error:
                 messages.append(str(error))
-    assert len(messages) > len(data) / 7 * 1.5
+    assert len(messages) > len(data) / 11 * 1.5
     assert all(message.startswith(f"{bad}: ") and "\n" not in message for message in messages)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": np.array([2], np.uint8)}, NEWER),
+        ({"version": np.array([2, 3], np.uint8)}, NEWER),
+        ({"version": np.array([1, 4], np.uint8)}, DAMAGED),
+        ({"version": np.array([1, 0], np.uint8)}, DAMAGED),
         ({"words2": np.array([1, 2, 3, 200], np.uint8)}, LOST),
+        ({"words2": np.array([1, 2, 3, -1], np.int8)}, LOST),
+        ({"continuations1": np.array([0, 9, 0, -5, 0], np.int8)}, LOST),
         ({"continuations1": np.array([9, 0, 0, 0, 0], np.uint8)}, LOST),
         ({"words2": np.array([1], np.uint8)}, DAMAGED),
         ({"log_probs2": np.array([1], np.uint8)}, UNEQUAL),

@@ -187,7 +187,7 @@ def estimate(sentences: Iterable[str], order: int = 3, *, prune: float = 0.0) ->
     counts = _count(tokens, places, words, order)
     probs, backoffs = _smooth(counts)
     if prune > 0:
-        kept = _keep(counts, probs, backoffs, prune, len(tokens))
+        kept = _keep(counts, probs, prune, len(tokens))
         backoffs = _rebalance(counts, probs, backoffs, kept)
     else:
         kept = [np.ones(len(level.keys), bool) for level in counts]
@@ -295,9 +295,7 @@ def _discounts(counts: NDArray[np.int64]) -> Floats:
     return np.array([0.0, 0.5, 1.0, 1.5])
 
 
-def _keep(
-    counts: Sequence[_Counts], probs: Sequence[Floats], backoffs: Sequence[Floats], threshold: float, tokens: int
-) -> list[NDArray[np.bool_]]:
+def _keep(counts: Sequence[_Counts], probs: Sequence[Floats], threshold: float, tokens: int) -> list[NDArray[np.bool_]]:
     """Which n-grams stay: those whose removal would raise the relative entropy by `threshold`, and their contexts.
 
     A context weighs as much as it occurs in the text; Kneser-Ney's lower orders would misjudge that.
@@ -414,7 +412,7 @@ def _parse(data: bytes) -> _Parts:
 def _pack(model: NgramModel) -> dict[str, NDArray[np.generic]]:
     """A model as the arrays of our format; those of order n end in n."""
     arrays: dict[str, NDArray[np.generic]] = {
-        "version": np.array([_VERSION], np.uint8),
+        "version": np.array([_VERSION, model.order], np.uint8),
         "vocabulary": np.frombuffer("\n".join(model.words).encode(), np.uint8),
     }
     for n, level in enumerate(model.levels, start=1):
@@ -469,10 +467,10 @@ def _unpack(data: bytes) -> _Parts:
 
 def _unpack_arrays(arrays: dict[str, NDArray[np.generic]]) -> _Parts:
     """What `_pack` packed. Raises where arrays are missing or disagree."""
-    if arrays["version"].tolist() != [_VERSION]:
+    version, order = arrays["version"].tolist()[:2]
+    if version != _VERSION:
         raise _BadFileError("language model of another version of this package; update the package")
     vocabulary = arrays["vocabulary"].tobytes().decode().split("\n")
-    order = sum(name.startswith("log_probs") for name in arrays)
     levels: list[Level] = []
     for n in range(1, order + 1):
         words = arrays[f"words{n}"].astype(np.int32) if n > 1 else np.arange(len(vocabulary), dtype=np.int32)
@@ -482,12 +480,14 @@ def _unpack_arrays(arrays: dict[str, NDArray[np.generic]]) -> _Parts:
             backoffs = arrays[f"backoff_book{n}"].astype(np.float32)[arrays[f"backoffs{n}"].astype(np.int64)]
             np.cumsum(arrays[f"continuations{n}"].astype(np.int64), out=first[1:])
         levels.append(Level(words, log_probs, backoffs, first))
+    if not levels:
+        raise ValueError("order 0")
     return vocabulary, levels
 
 
 def _check(words: Sequence[str], levels: Sequence[Level]) -> None:
     """That a trie is whole, so that scoring cannot leave it. Raises _BadFileError."""
-    if not levels or len(set(words)) < len(words) or list(words) != sorted(words):
+    if len(set(words)) < len(words) or list(words) != sorted(words):
         raise _BadFileError(f"damaged vocabulary; {_AGAIN}")
     for mark in (START, END):
         if mark not in words:
@@ -496,7 +496,8 @@ def _check(words: Sequence[str], levels: Sequence[Level]) -> None:
         size, following = len(level.words), len(upper.words) if upper else 0
         if not size == len(level.log_probs) == len(level.backoffs) == len(level.first) - 1:
             raise _BadFileError(f"damaged: its parts differ in size; {_AGAIN}")
-        if level.first[-1] != following or (level.words >= len(words)).any():
+        strays = (level.words < 0) | (level.words >= len(words))
+        if level.first[-1] != following or (np.diff(level.first) < 0).any() or strays.any():
             raise _BadFileError(f"damaged: n-grams refer to what is not there; {_AGAIN}")
         if not (np.isfinite(level.log_probs).all() and np.isfinite(level.backoffs).all()):
             raise _BadFileError(f"holds numbers that are not finite; {_AGAIN}")

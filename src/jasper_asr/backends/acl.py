@@ -107,6 +107,19 @@ def read_sidecar(om: Path) -> Sidecar:
         raise ModelError(f"{path}: not a sidecar ({_one_line(error)}); compile the model again") from error
 
 
+def describe_om(om: Path) -> dict[str, Any]:
+    """Facts about an .om from its sidecar, as `model.export.describe` gives them for other kinds; needs no CANN."""
+    from jasper_asr.model.checkpoint import file_sha256
+    from jasper_asr.model.export import facts
+
+    sidecar = read_sidecar(om)
+    shapes = sidecar.shapes
+    extra = {"model_sha256": file_sha256(om), "masked": sidecar.masked}
+    gears = {"gears": [list(gear) for gear in shapes.gears]} if shapes.gears else {}
+    size = [shapes.batch_size, sidecar.config.in_feats, shapes.frames]
+    return facts(om, sidecar.config, size, gears | extra | sidecar.facts)
+
+
 class AclBackend:
     """An .om on one NPU. One session, one stream; safe to use from any thread, one call at a time.
 

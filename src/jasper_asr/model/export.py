@@ -107,16 +107,16 @@ def export_safetensors(
     return f"{checkpoint.config.name}, {parameters:,} parameters, {kind}, {megabytes:,.1f} MB"
 
 
-def describe(model: str | os.PathLike[str], *, config: ModelConfig | None = None) -> dict[str, Any]:
+def describe(
+    model: str | os.PathLike[str], *, config: ModelConfig | None = None, weights: str = "ema"
+) -> dict[str, Any]:
     """Facts about a model file, in the order in which `jasper info` prints them."""
     path = resolve_model(model)
     if path.suffix == ".onnx":
         return _describe_onnx(path)
-    if path.suffix == ".om":
-        return _describe_om(path)
-    checkpoint = load_checkpoint(path, config=config)
+    checkpoint = load_checkpoint(path, config=config, weights=weights)
     extra = {"weights": checkpoint.kind, "checkpoint_sha256": checkpoint.sha256}
-    return _facts(path, checkpoint.config, ["B", checkpoint.config.in_feats, "T"], extra)
+    return facts(path, checkpoint.config, ["B", checkpoint.config.in_feats, "T"], extra)
 
 
 def embedded_config(properties: Mapping[str, str], name: str) -> ModelConfig:
@@ -146,22 +146,13 @@ def _describe_onnx(path: Path) -> dict[str, Any]:
     del properties["config"]
     size = [batch or "B", config.in_feats, frames or "T"]
     masked = properties.pop("masked", "true") == "true"
-    return _facts(path, config, size, {"model_sha256": file_sha256(path), "masked": masked} | properties)
+    return facts(path, config, size, {"model_sha256": file_sha256(path), "masked": masked} | properties)
 
 
-def _describe_om(path: Path) -> dict[str, Any]:
-    from jasper_asr.backends.acl import read_sidecar
-
-    sidecar = read_sidecar(path)
-    shapes, facts = sidecar.shapes, {"model_sha256": file_sha256(path), "masked": sidecar.masked} | sidecar.facts
-    gears = {"gears": [list(gear) for gear in shapes.gears]} if shapes.gears else {}
-    size = [shapes.batch_size, sidecar.config.in_feats, shapes.frames]
-    return _facts(path, sidecar.config, size, gears | facts)
-
-
-def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
+def facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """What `describe` says of a model file; `size` is the shape of feats, `extra` adds what only its kind knows."""
     field, front_end = config.receptive_field(), config.features
-    facts = {
+    known = {
         "model": config.name,
         "file": str(path),
         "file_bytes": path.stat().st_size,
@@ -177,4 +168,4 @@ def _facts(path: Path, config: ModelConfig, size: list[Any], extra: dict[str, An
         "blank": config.blank_id,
         "features": {key: getattr(front_end, key) for key in ("n_filt", "window_size", "window_stride", "sample_rate")},
     }
-    return facts | {key: value for key, value in extra.items() if key not in facts}
+    return known | {key: value for key, value in extra.items() if key not in known}

@@ -20,6 +20,9 @@ from jasper_asr.train import augment
 
 Progress = Callable[[int, int], None]
 
+PAD_FRAMES = 64
+"""Batches are padded to a multiple of this, so that few shapes occur: runtimes build new kernels for each shape."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -133,7 +136,8 @@ def make_batch(
     speed = config.train_dataset.speed_perturbation if config.train_dataset else None
     rows = [_augmented(cache, int(index), config, speed, config.spec_augment, rng, noise) for index in indices]
     lens = np.array([row.shape[1] for row in rows], np.int64)
-    padded = np.zeros((len(rows), config.features.n_filt, int(lens.max())), np.float32)
+    frames = -(-int(lens.max()) // PAD_FRAMES) * PAD_FRAMES
+    padded = np.zeros((len(rows), config.features.n_filt, frames), np.float32)
     for target, row in zip(padded, rows, strict=True):
         target[:, : row.shape[1]] = row
     labels = [cache.targets[int(index)] for index in indices]

@@ -1,0 +1,283 @@
+import itertools
+import math
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jasper_asr import beam
+from jasper_asr.beam import Hypothesis, beam_search, tune
+from jasper_asr.decode import greedy
+from jasper_asr.errors import UsageError
+from jasper_asr.lm import estimate
+from jasper_asr.text import LABELS
+
+FEW = (" ", "a", "b")
+UNLIMITED = {"beam_width": 10**9, "token_min_logp": -math.inf, "beam_min_logp": -math.inf}
+LM = estimate(["a b", "ab a", "a ab ba", "ba", "bb a a b", "a b a"], 3)
+ENGLISH = estimate(["the cat sat", "the cat ran", "a cat sat on the mat", "cut the rope", "the kit"], 3)
+
+
+def texts_by_enumeration(log_probs, labels):
+    """Text -> log-probability, summed over every path of classes: CTC by its definition, spaces tidied."""
+    totals = {}
+    for path in itertools.product(range(len(labels) + 1), repeat=len(log_probs)):
+        text = " ".join("".join(labels[k] for k, _ in groupby(path) if k != len(labels)).split())
+        score = sum(row[k] for row, k in zip(log_probs.tolist(), path, strict=True))
+        totals.setdefault(text, []).append(score)
+    return {text: np.logaddexp.reduce(scores) for text, scores in totals.items()}
+
+
+def word_scores(text, lm, lm_weight, word_bonus, unknown_penalty, hotwords):
+    """What a text scores beyond its acoustic part, by the definition in the module's docstring."""
+    words = text.split()
+    total = sum(hotwords.get(word, 0.0) for word in words)
+    if lm:
+        total += lm_weight * lm.score(words) + word_bonus * len(words)
+        total -= unknown_penalty * sum(word not in lm for word in words)
+    return total
+
+
+def random_log_probs(seed, frames, classes, spread=2.0):
+    logits = np.random.default_rng(seed).normal(0, spread, (frames, classes))
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def spell(path, labels=LABELS, best=-0.1, other=-9.0):
+    """log_probs whose best path is `path`: `-` is the blank, letters are themselves."""
+    ids = [len(labels) if letter == "-" else labels.index(letter) for letter in path]
+    log_probs = np.full((len(ids), len(labels) + 1), other, np.float32)
+    log_probs[np.arange(len(ids)), ids] = best
+    return log_probs
+
+
+@given(st.integers(0, 5), st.integers(0, 2**32 - 1), st.sampled_from([FEW, ("a", "b")]), st.floats(0.5, 4))
+@settings(max_examples=60, deadline=None)
+def test_unlimited_beam_equals_enumeration(frames, seed, labels, spread):
+    log_probs = random_log_probs(seed, frames, len(labels) + 1, spread)
+    expected = texts_by_enumeration(log_probs, labels)
+    found = beam_search(log_probs, frames, labels, **UNLIMITED)
+    assert {each.text for each in found} == set(expected)
+    assert len(found) == len(expected)
+    for each in found:
+        assert each.acoustic == pytest.approx(expected[each.text], abs=1e-9)
+        assert each.score == each.acoustic
+    assert found[0].text == max(expected, key=expected.get)
+    assert np.logaddexp.reduce([each.acoustic for each in found]) == pytest.approx(0, abs=1e-9)
+
+
+@given(
+    st.integers(0, 5),
+    st.integers(0, 2**32 - 1),
+    st.floats(0, 3),
+    st.floats(-3, 5),
+    st.floats(0, 6),
+    st.dictionaries(st.text("ab", min_size=1, max_size=3), st.floats(-2, 6), max_size=3),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_unlimited_beam_with_language_model_equals_enumeration(
+    frames, seed, lm_weight, word_bonus, unknown_penalty, hotwords, with_lm
+):
+    log_probs = random_log_probs(seed, frames, len(FEW) + 1)
+    options = {"lm_weight": lm_weight, "word_bonus": word_bonus, "unknown_penalty": unknown_penalty}
+    lm = LM if with_lm else None
+    expected = {
+        text: acoustic + word_scores(text, lm, hotwords=hotwords, **options)
+        for text, acoustic in texts_by_enumeration(log_probs, FEW).items()
+    }
+    found = beam_search(log_probs, frames, FEW, lm=lm, hotwords=hotwords, **options, **UNLIMITED)
+    assert {each.text: pytest.approx(each.score, abs=1e-6) for each in found} == expected
+    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_limited_beam_never_claims_more_than_is_there(frames, seed, width):
+    """Pruning loses alignments, so acoustic scores are lower bounds; the words' part is exact at any width."""
+    log_probs = random_log_probs(seed, frames, len(FEW) + 1)
+    options = {"lm_weight": 0.7, "word_bonus": 1.0, "unknown_penalty": 2.0}
+    found = beam_search(log_probs, frames, FEW, lm=LM, beam_width=width, **options)
+    assert 1 <= len(found) <= width
+    assert len({each.text for each in found}) == len(found)
+    exact = texts_by_enumeration(log_probs, FEW) if frames <= 5 else {}
+    for each in found:
+        assert each.text == " ".join(each.text.split())
+        words = word_scores(each.text, LM, hotwords={}, **options)
+        assert each.score - each.acoustic == pytest.approx(words, abs=1e-5)
+        assert each.acoustic <= exact.get(each.text, 0.0) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("", ""),
+        ("----", ""),
+        ("hheel-lloo", "hello"),
+        ("a-a-a", "aaa"),
+        ("  a  - b  ", "a b"),
+        (" - ", ""),
+        ("it's--", "it's"),
+    ],
+)
+def test_clear_paths_are_read_as_greedy_does(path, text):
+    for width in (1, 64):
+        found = beam_search(spell(path), len(path), LABELS, beam_width=width)
+        assert found[0].text == text == greedy(spell(path), len(path), LABELS)
+
+
+def test_alignments_add_up_where_greedy_takes_one():
+    """Graves' example: blank is likelier in each frame, but three of the four paths read "a"."""
+    log_probs = np.log([[0.4, 0.6], [0.4, 0.6]])
+    assert greedy(log_probs, 2, ["a"]) == ""
+    best = beam_search(log_probs, 2, ["a"])[0]
+    assert best.text == "a"
+    assert best.acoustic == pytest.approx(math.log(1 - 0.36))
+
+
+def between(first, second, share):
+    """Log-probs of two paths of equal length mixed frame by frame, `share` of it the first."""
+    mixed = share * np.exp(spell(first)) + (1 - share) * np.exp(spell(second))
+    return np.log(mixed / mixed.sum(axis=1, keepdims=True))
+
+
+def test_the_language_model_decides_between_words_that_sound_alike():
+    log_probs = between("the-kat-sat", "the-cat-sat".replace("-", " "), 0.5)
+    log_probs[3] = spell(" ")[0]
+    log_probs[7] = spell(" ")[0]
+    assert beam_search(log_probs + 0.1 * spell("the kat sat"), 11, LABELS)[0].text == "the kat sat"
+    assert beam_search(log_probs + 0.1 * spell("the kat sat"), 11, LABELS, lm=ENGLISH)[0].text == "the cat sat"
+
+
+def test_hotwords_win_where_the_sound_nearly_allows_them():
+    log_probs = between("the cut", "the kit", 0.5)
+    log_probs[4:6] = between("cu", "ki", 0.6)
+
+    def best(**options):
+        return beam_search(log_probs, 7, LABELS, **options)[0].text
+
+    assert best() == "the cut"
+    assert best(hotwords={"kit": 2.0}) == "the kit"
+    assert best(hotwords={"kit": 2.0, "cut": 2.0}) == "the cut"
+    assert best(hotwords={"kits": 9.0}) == "the cut"  # the weight is for the whole word
+    assert best(hotwords={"cit": 3.0}) == "the cit"
+    assert best(hotwords={"cit": 9.0}, lm=ENGLISH) == "the cit"  # an unknown word
+    assert best(hotwords={"cut": -3.0}) != "the cut"
+
+
+def test_every_saying_of_a_hotword_counts():
+    path = "ab ba ab"
+    plain = beam_search(spell(path, FEW), 8, FEW)[0]
+    hot = beam_search(spell(path, FEW), 8, FEW, hotwords={"ab": 1.5, "b": 7.0})[0]
+    assert plain.text == hot.text == path
+    assert hot.score - plain.score == pytest.approx(3.0)
+    assert hot.acoustic == pytest.approx(plain.acoustic)
+
+
+@pytest.mark.parametrize("hotwords", [{}, {"cattle": 6.0, "cup": 9.0}])
+def test_promise_of_a_prefix_is_that_of_the_best_word_that_begins_so(hotwords):
+    scorer = beam._Scorer(ENGLISH, LABELS, 0.5, 1.5, 4.0, hotwords)
+    for word in ("cat", "cut", "cup", "the", "zoo", "on", "cattle"):
+        spelling = scorer.empty
+        for end, letter in enumerate(word, start=1):
+            spelling = scorer.spell(spelling, LABELS.index(letter))
+            begun = word[:end]
+            known = [w for w in ENGLISH.words if w.startswith(begun)]
+            scores = [0.5 * ENGLISH.advance((), w)[1] + 1.5 for w in known]
+            scores.append(0.5 * ENGLISH.advance((), "<unk>")[1] + 1.5 - 4.0)
+            for hot, weight in hotwords.items():
+                if hot.startswith(begun):
+                    scores.append(scores[len(known)] + weight * end / len(hot))
+            assert spelling.text == begun
+            assert spelling.ahead == pytest.approx(max(scores))
+
+
+def test_words_are_paid_for_while_they_are_spelled():
+    """A beam of 2 keeps `the`: its letters are promised a likely word, those of `zhe` only an unknown one."""
+    log_probs = between("zzz-hhh-eee", "ttt-hhh-eee", 0.8)
+    assert beam_search(log_probs, 11, LABELS, beam_width=2)[0].text == "zhe"
+    assert beam_search(log_probs, 11, LABELS, lm=ENGLISH, beam_width=2)[0].text == "the"
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 0.0])
+def test_frames_beyond_the_length_are_never_looked_at(garbage):
+    log_probs = spell("ab-c" + "zzzz")
+    before = beam_search(log_probs[:4], 4, LABELS)
+    log_probs[4:] = garbage
+    kept = log_probs.copy()
+    assert beam_search(log_probs, 4, LABELS) == before
+    assert np.array_equal(log_probs, kept, equal_nan=True)
+
+
+def test_nothing_said():
+    assert beam_search(np.zeros((0, 29)), 0, LABELS) == [Hypothesis("", 0.0, 0.0)]
+    (silent,) = beam_search(np.zeros((0, 29)), 0, LABELS, lm=ENGLISH, lm_weight=0.5)
+    assert silent == Hypothesis("", 0.5 * ENGLISH.score([]), 0.0)
+
+
+def test_unlikely_labels_are_left_out_but_the_likeliest_is_always_tried():
+    log_probs = np.array([[-6.0, -7.0, -6.5], [-7.0, -6.0, -8.0]])
+    found = beam_search(log_probs, 2, ("a", "b"))
+    assert found[0].text == "ab"
+    assert "b" in {each.text for each in found}  # blank, b
+    assert "ba" not in {each.text for each in found}
+    assert "ba" in {each.text for each in beam_search(log_probs, 2, ("a", "b"), token_min_logp=-math.inf)}
+
+
+def test_long_audio_neither_underflows_nor_keeps_what_is_over(monkeypatch):
+    """3000 frames at e^-50 each are far below what a float holds; the tree must not grow by what the beam has left."""
+    rng = np.random.default_rng(0)
+    path = "".join(rng.choice(list("-- abt"), 3000))
+    log_probs = spell(path, best=-50.0, other=-53.0)
+    roots = []
+    forget = beam._forget_dead_ends
+    monkeypatch.setattr(beam, "_forget_dead_ends", lambda kept: (forget(kept), roots.append(kept[0])))
+    options = {"lm": LM, "beam_width": 4, "token_min_logp": -math.inf}
+    found = beam_search(log_probs, 3000, LABELS, **options)
+    assert len(roots) == 3000 // beam._TIDY_EVERY
+    assert found[0].acoustic == pytest.approx(-50.0 * 3000, rel=0.01)
+    monkeypatch.setattr(beam, "_TIDY_EVERY", 10**9)
+    assert beam_search(log_probs, 3000, LABELS, **options) == found
+
+
+def test_dead_ends_are_forgotten():
+    scorer = beam._Scorer(None, FEW, 0, 0, 0, {})
+    root = scorer.root()
+    a, b = scorer.extend(root, 1), scorer.extend(root, 2)
+    ab, ba = scorer.extend(a, 2), scorer.extend(b, 1)
+    beam._forget_dead_ends([ab, a])
+    assert root.children == {1: a}
+    assert a.children == {2: ab}
+    assert ab.children == {}
+    assert ba.parent is b
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_width": 0}, "beam width 0: must be at least 1"),
+        ({"hotwords": {"new york": 2.0}}, "hotword 'new york': must be one word; give each word its own weight"),
+        ({"hotwords": {"": 2.0}}, "hotword '': must be one word; give each word its own weight"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(UsageError) as error:
+        beam_search(spell("a"), 1, LABELS, **options)
+    assert str(error.value) == message
+
+
+def test_tune_takes_the_first_of_the_best():
+    """Too little weight leaves the unknown kat, too much makes a cat of zap."""
+    rows = [between("the kat", "the cat", 0.985), between("a zap", "a cat", 0.99)]
+    references = ["the cat", "a zap"]
+    grid = [(0.0, 0.0), (0.5, 1.0), (0.6, 1.0), (6.0, 1.0)]
+    texts = [
+        [beam_search(r, len(r), LABELS, lm=ENGLISH, lm_weight=weight, word_bonus=bonus)[0].text for r in rows]
+        for weight, bonus in grid
+    ]
+    assert texts == [["the kat", "a zap"], references, references, ["the cat", "a cat"]]
+    assert tune(rows, references, LABELS, ENGLISH, grid) == (0.5, 1.0, 0.0)
+    assert tune(rows, references, LABELS, ENGLISH, grid[:1]) == (0.0, 0.0, 0.25)
+    assert tune(rows, references, LABELS, ENGLISH, grid[::-1]) == (0.6, 1.0, 0.0)
