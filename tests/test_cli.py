@@ -670,3 +670,17 @@ def test_ascend_options_do_not_mix_with_others(tmp_path):
     assert code == 2
     assert "--max-frames" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_beam_search_options(texts, folder):
+    clip = folder / "a.wav"
+    model = folder / "tiny.onnx"
+    code, out, _ = run("transcribe", clip, "--model", model, "--lm", "mini", "--beam-width", "8")
+    assert code == 0
+    assert out.strip() != texts[0]
+    code, out, err = run("transcribe", clip, "--model", model, "--lm-weight", "1")
+    assert (code, out) == (2, "")
+    assert "need --lm" in err
+    code, out, err = run("transcribe", clip, "--model", model, "--lm", folder / "none.lm")
+    assert (code, out) == (5, "")
+    assert "none.lm" in err

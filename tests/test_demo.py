@@ -30,6 +30,7 @@ def test_demo_shows_every_clip_and_the_gate_holds():
     # the reference is a measured figure, not a generous one: this machine must come out near it
     assert abs(wer - gate["reference_wer"]) <= gate["tolerance"] * gate["reference_wer"]
     assert out.rstrip().endswith("holds")
+    assert float(re.search(r"language model \(--lm mini\): WER ([\d.]+) %", out)[1]) < 0.9 * wer
 
 
 def test_a_gate_that_is_not_met_is_exit_7(monkeypatch, tmp_path):

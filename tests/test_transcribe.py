@@ -427,3 +427,26 @@ def test_options_that_cannot_be(models, options, message):
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(StorageError, match=r"x\.onnx: no such model; give a file, or a built-in name \(mini\)$"):
         load(tmp_path / "x.onnx")
+
+
+def test_beam_search_decodes_what_the_decoder_function_does(tmp_path):
+    """The spine's beam search is `beam.beam_search` on its own log_probs, with and without a language model."""
+    from jasper_asr.beam import beam_search
+    from jasper_asr.lm import estimate
+    from jasper_asr.transcribe import BeamOptions
+
+    model, samples = write_model(tmp_path / "m.onnx"), sound(1.5)
+    lm = estimate(["a lunar nap", "nun and a lad"] * 3, order=2)
+    lm.save(tmp_path / "words.lm")
+    with load(model) as plain:
+        rows, lens = plain.log_probs([samples])
+        greedy_text = plain.transcribe((samples, 16_000)).text
+    for options, given in (
+        (BeamOptions(width=8), {}),
+        (BeamOptions(lm=tmp_path / "words.lm", width=8, lm_weight=2.0, word_bonus=0.5), {"lm": lm}),
+    ):
+        weights = {"lm_weight": 2.0, "word_bonus": 0.5} if given else {}
+        wanted = beam_search(rows[0], int(lens[0]), plain.config.labels, beam_width=8, **given, **weights)[0].text
+        with load(model, beam=options) as transcriber:
+            assert transcriber.transcribe((samples, 16_000)).text == wanted
+    assert wanted != greedy_text

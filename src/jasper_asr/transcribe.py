@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from jasper_asr import audio, decode, features
 from jasper_asr.backends import Backend, open_backend
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import AudioError, JasperError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from jasper_asr.lm import NgramModel
 
 Float32 = NDArray[np.float32]
 
@@ -27,6 +31,23 @@ class Clip:
     source: Source
     offset: float = 0.0
     duration: float | None = None
+
+
+@dataclass(frozen=True)
+class BeamOptions:
+    """Beam search: `lm` is an n-gram model (our binary, ARPA, or the built-in `mini`), None searches without one.
+
+    Weights that are None are those that `jasper_asr.beam` was tuned to.
+    """
+
+    lm: str | PathLike[str] | None = None
+    width: int = 64
+    lm_weight: float | None = None
+    word_bonus: float | None = None
+
+
+BUILTIN_LMS = {"mini": Path(__file__).parent / "models" / "mini" / "words.lm"}
+"""Language models inside the package, by name."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +67,14 @@ class Failure:
 
 Result = Transcript | Failure
 
+Decoder = Callable[[Float32], str]
+
 
 class Transcriber:
     """Features, network and decoder of one model. Make it with `load`; use it as a context manager or `close` it.
 
     `batch_size` is how many utterances `transcribe_many` gives the network at once; 1 runs each at its exact length.
+    `decoder` turns an utterance's log_probs [T', n_classes] into text; by default the best path.
     """
 
     def __init__(
@@ -61,8 +85,10 @@ class Transcriber:
         trim_silence: bool | None = None,
         pad_to: float | None = None,
         limits: audio.AudioLimits = audio.DEFAULT_LIMITS,
+        decoder: Decoder | None = None,
     ) -> None:
         self._backend = backend
+        self._decoder = decoder or (lambda rows: decode.greedy(rows, len(rows), backend.config.labels))
         self.config = backend.config
         self.batch_size = backend.shapes.batch_size or batch_size
         self.trim_silence = self.config.dataset.trim_silence if trim_silence is None else trim_silence
@@ -170,10 +196,7 @@ class Transcriber:
 
     def _decode(self, batch: list["_Ready"]) -> list[Transcript]:
         rows = self._run([item.name for item in batch], [(item.feats, item.frames) for item in batch])
-        return [
-            Transcript(decode.greedy(row, len(row), self.config.labels), item.seconds)
-            for item, row in zip(batch, rows, strict=True)
-        ]
+        return [Transcript(self._decoder(row), item.seconds) for item, row in zip(batch, rows, strict=True)]
 
     def _check_length(self, name: str, frames: int) -> None:
         shapes, stride = self._backend.shapes, self.config.features.window_stride
@@ -240,13 +263,15 @@ def load(
     batch_size: int = 1,
     trim_silence: bool | None = None,
     pad_to: float | None = None,
+    beam: BeamOptions | None = None,
 ) -> Transcriber:
     """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt or .safetensors.
 
     `config` and `weights` (`ema` or `raw`) matter for checkpoints only; `threads` None lets the runtime choose.
     An .om always runs on the backend `acl`, on the NPU number `device` (0).
     `trim_silence` None does what the config says. `pad_to` (seconds) pads every utterance to that length, as the
-    Ascend guide does. Raises StorageError, ConfigError, ModelError or UsageError.
+    Ascend guide does. `beam` decodes by beam search; None takes the best path.
+    Raises StorageError, ConfigError, ModelError or UsageError.
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}: must be at least 1")
@@ -256,6 +281,7 @@ def load(
     from jasper_asr.model.export import graph_bytes, resolve_model
 
     path = resolve_model(model)
+    lm = _load_lm(beam) if beam else None
     if path.suffix in (".onnx", ".om"):
         name = "acl" if path.suffix == ".om" else backend
         opened = open_backend(name, path, threads=threads, device=device)
@@ -264,4 +290,26 @@ def load(
         masked = batch_size > 1 or pad_to is not None
         checkpoint = load_checkpoint(path, config=config, weights=weights)
         opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads, device=device)
-    return Transcriber(opened, batch_size=batch_size, trim_silence=trim_silence, pad_to=pad_to)
+    decoder = _beam_decoder(beam, lm, opened.config) if beam else None
+    return Transcriber(opened, batch_size=batch_size, trim_silence=trim_silence, pad_to=pad_to, decoder=decoder)
+
+
+def _load_lm(options: BeamOptions) -> "NgramModel | None":
+    from jasper_asr.lm import NgramModel
+
+    if options.lm is None:
+        return None
+    return NgramModel.load(BUILTIN_LMS.get(str(options.lm), Path(options.lm)))
+
+
+def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelConfig) -> Decoder:
+    from jasper_asr.beam import beam_search
+
+    given = {"lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
+    weights: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+
+    def search(rows: Float32) -> str:
+        found = beam_search(rows, len(rows), config.labels, lm=lm, beam_width=options.width, **weights)
+        return found[0].text
+
+    return search
