@@ -189,6 +189,8 @@ def test_threads_and_backend_are_passed_on(folder, model, monkeypatch):
         "threads": 2,
         "trim_silence": None,
         "pad_to": None,
+        "beam": None,
+        "device": None,
     }
 
 
@@ -418,6 +420,7 @@ def commands(group=cli.command, path=()):
 def test_there_is_every_command_of_the_contract():
     assert {" ".join(path) for path in commands()} == {
         "",
+        "compile",
         "demo",
         "download",
         "download checkpoint",
