@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jasper_asr import beam
-from jasper_asr.beam import Hypothesis, beam_search, tune
+from jasper_asr.beam import BeamSearch, Hypothesis, beam_search, tune
 from jasper_asr.decode import greedy
 from jasper_asr.errors import UsageError
 from jasper_asr.lm import estimate
@@ -234,12 +234,26 @@ def test_long_audio_neither_underflows_nor_keeps_what_is_over(monkeypatch):
     roots = []
     forget = beam._forget_dead_ends
     monkeypatch.setattr(beam, "_forget_dead_ends", lambda kept: (forget(kept), roots.append(kept[0])))
-    options = {"lm": LM, "beam_width": 4, "token_min_logp": -math.inf}
+    options = {"lm": LM, "beam_width": 4, "token_min_logp": -math.inf, "unknown_penalty": 0.0}
     found = beam_search(log_probs, 3000, LABELS, **options)
     assert len(roots) == 3000 // beam._TIDY_EVERY
     assert found[0].acoustic == pytest.approx(-50.0 * 3000, rel=0.01)
     monkeypatch.setattr(beam, "_TIDY_EVERY", 10**9)
     assert beam_search(log_probs, 3000, LABELS, **options) == found
+
+
+def test_a_search_used_again_answers_as_a_new_one(monkeypatch):
+    """Also when it has forgotten the spellings that it had gathered."""
+    monkeypatch.setattr(beam, "_MOST_SPELLINGS", 20)
+    search = BeamSearch(LABELS, lm=ENGLISH, hotwords={"rope": 2.0}, token_min_logp=-9.0)
+    sizes = []
+    for seed in range(6):
+        log_probs = random_log_probs(seed, 12, 29)
+        fresh = beam_search(log_probs, 12, LABELS, lm=ENGLISH, hotwords={"rope": 2.0}, token_min_logp=-9.0)
+        assert search(log_probs, 12) == fresh
+        sizes.append(search._scorer.spellings)
+    assert min(sizes) > 20
+    assert sizes != sorted(sizes) or max(sizes) < 2 * min(sizes)
 
 
 def test_dead_ends_are_forgotten():
@@ -269,15 +283,15 @@ def test_wrong_options(options, message):
 
 
 def test_tune_takes_the_first_of_the_best():
-    """Too little weight leaves the unknown kat, too much makes a cat of zap."""
-    rows = [between("the kat", "the cat", 0.985), between("a zap", "a cat", 0.99)]
-    references = ["the cat", "a zap"]
-    grid = [(0.0, 0.0), (0.5, 1.0), (0.6, 1.0), (6.0, 1.0)]
+    """Too little weight leaves the unknown kad, too much makes a cat of zip."""
+    rows = [between("the kad", "the cat", 0.985), between("a zip", "a cat", 0.99)]
+    references = ["the cat", "a zip"]
+    grid = [(0.0, 0.0), (1.0, 1.0), (1.2, 1.0), (6.0, 1.0)]
     texts = [
         [beam_search(r, len(r), LABELS, lm=ENGLISH, lm_weight=weight, word_bonus=bonus)[0].text for r in rows]
         for weight, bonus in grid
     ]
-    assert texts == [["the kat", "a zap"], references, references, ["the cat", "a cat"]]
-    assert tune(rows, references, LABELS, ENGLISH, grid) == (0.5, 1.0, 0.0)
+    assert texts == [["the kad", "a zip"], references, references, ["the cat", "a cat"]]
+    assert tune(rows, references, LABELS, ENGLISH, grid) == (1.0, 1.0, 0.0)
     assert tune(rows, references, LABELS, ENGLISH, grid[:1]) == (0.0, 0.0, 0.25)
-    assert tune(rows, references, LABELS, ENGLISH, grid[::-1]) == (0.6, 1.0, 0.0)
+    assert tune(rows, references, LABELS, ENGLISH, grid[::-1]) == (1.2, 1.0, 0.0)

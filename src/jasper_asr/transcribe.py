@@ -303,13 +303,9 @@ def _load_lm(options: BeamOptions) -> "NgramModel | None":
 
 
 def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelConfig) -> Decoder:
-    from jasper_asr.beam import beam_search
+    from jasper_asr.beam import BeamSearch
 
     given = {"lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
     weights: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-
-    def search(rows: Float32) -> str:
-        found = beam_search(rows, len(rows), config.labels, lm=lm, beam_width=options.width, **weights)
-        return found[0].text
-
-    return search
+    search = BeamSearch(config.labels, lm=lm, beam_width=options.width, **weights)
+    return lambda rows: search(rows, len(rows))[0].text
