@@ -581,3 +581,12 @@ def test_jasper_10x5_exports_in_a_minute_and_6_gb(tmp_path):
     assert float(seconds) < 60
     assert int(peak) < 6e9
     assert python(RUN, out) == "1763 1 101 29 101"
+
+
+def test_a_graph_with_constant_masks_refuses_what_they_do_not_reach(golden):
+    graph = graph_bytes(golden[0], max_frames=100, opset=11)
+    backend = open_backend("ort", graph)
+    rows, lens = backend.run(np.zeros((1, 64, 100), np.float32), np.array([100], np.int32))
+    assert (rows.shape[1], lens[0]) == (50, 50)
+    with pytest.raises(ModelError, match=r"101 frames, its masks reach 100; export it without --target"):
+        backend.run(np.zeros((1, 64, 101), np.float32), np.array([101], np.int32))

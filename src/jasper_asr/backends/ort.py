@@ -24,6 +24,11 @@ class OrtBackend:
 
     def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """See Backend.run. Raises ModelError when the runtime fails or returns values that are not finite."""
+        limit = int(self.properties.get("max_frames", 0))
+        if 0 < limit < feats.shape[2]:  # an Ascend graph's masks are constants, silently wrong beyond their length
+            raise ModelError(
+                f"{self._name}: {feats.shape[2]} frames, its masks reach {limit}; export it without --target"
+            )
         try:
             log_probs, out_lens = self._session.run(["log_probs", "log_prob_lens"], {"feats": feats, "feat_lens": lens})
         except Exception as error:  # onnxruntime raises its own kinds for each status
