@@ -166,8 +166,8 @@ def test_a_folder_that_is_not_there(tiny, ema, tmp_path):
     path = tmp_path / "none" / "m.safetensors"
     with pytest.raises(StorageError) as caught:
         save_safetensors(path, tiny, ema.weights)
-    assert str(caught.value).startswith(f"{path}: cannot write it (")
-    assert str(caught.value).endswith("; check folder and space")
+    assert str(caught.value).startswith(f"{path}: cannot be written (")
+    assert str(caught.value).endswith("; check the folder and free space")
 
 
 def full_disk(source: object, target: object) -> None:

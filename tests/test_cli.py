@@ -384,7 +384,7 @@ def test_a_full_disk_while_exporting_leaves_the_old_file(folder, tmp_path, name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (code, stdout) == (5, "")
-    assert re.fullmatch(rf"jasper: error: {re.escape(str(out))}: cannot write it .*[Ff]ile too large.*\n", err)
+    assert re.fullmatch(rf"jasper: error: {re.escape(str(out))}: cannot be written .*[Ff]ile too large.*\n", err)
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
 

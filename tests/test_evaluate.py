@@ -292,7 +292,7 @@ def test_predictions_are_in_the_order_of_the_manifest_with_an_empty_line_for_a_f
 
 
 @pytest.mark.parametrize("write", [write_report, write_predictions])
-@pytest.mark.parametrize("step", ["os.replace", "pathlib.Path.write_text"])
+@pytest.mark.parametrize("step", ["os.replace", "pathlib.Path.open"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, write, step):
     path = tmp_path / "out"
     path.write_text("old")
@@ -303,6 +303,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     monkeypatch.setattr(step, full)
     with pytest.raises(StorageError) as caught:
         write(path, scored(("a", "a")))
+    monkeypatch.undo()
     assert str(caught.value) == (
         f"{path}: cannot be written (no space left on device); check the folder and free space"
     )

@@ -409,7 +409,7 @@ def test_a_failed_export_leaves_the_old_file(data, tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(StorageError, match=r"m\.onnx: cannot write it \(no space left on device\)"):
+    with pytest.raises(StorageError, match=r"m\.onnx: cannot be written \(no space left on device\)"):
         export_onnx(data / "jasper_tiny_v2.pt", out, config=tiny)
     assert out.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["m.onnx"]

@@ -25,6 +25,7 @@ ROOMS = [
     ["beam"],
     ["config", "audio", "text", "decode", "wer"],
     ["lm"],
+    ["files"],
     ["errors", "_version"],
 ]
 """From the top down; a room is a module or a package. Rooms of one line do not know each other."""

@@ -5,13 +5,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jasper_asr import text
 from jasper_asr.data.manifest import Utterance
-from jasper_asr.errors import ManifestError, StorageError, UsageError
+from jasper_asr.errors import ManifestError, UsageError
+from jasper_asr.files import write_whole
 from jasper_asr.transcribe import Clip, Failure, Transcriber
 from jasper_asr.wer import EditCounts, count_char_edits, count_word_edits
 
@@ -129,12 +129,12 @@ def evaluate(
 
 def write_report(path: str | os.PathLike[str], report: ErrorReport) -> None:
     """The report as JSON, whole or not at all."""
-    _write(Path(path), json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_whole(Path(path), [(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def write_predictions(path: str | os.PathLike[str], report: ErrorReport) -> None:
     """One hypothesis a line, in manifest order; an empty line for a failed utterance."""
-    _write(Path(path), "".join(f"{item.hypothesis or ''}\n" for item in report.items))
+    write_whole(Path(path), [("".join(f"{item.hypothesis or ''}\n" for item in report.items)).encode()])
 
 
 def _item(row: Utterance, duration: float, reference: str, hypothesis: str, counts: EditCounts) -> Item:
@@ -165,16 +165,3 @@ def _reference(row: Utterance, transcriber: Transcriber) -> str:
 
 def _source(utterances: Sequence[Utterance]) -> str:
     return utterances[0].source.rsplit(":", 1)[0] if utterances else "manifest"
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StorageError(f"{path}: cannot be written ({reason}); check the folder and free space") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

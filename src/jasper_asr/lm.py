@@ -21,7 +21,6 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -31,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.errors import ModelError, StorageError, UsageError
+from jasper_asr.files import write_whole
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 
@@ -95,11 +95,11 @@ class NgramModel:
         """Write our own format, with 8 bits for a log-probability or back-off. Raises StorageError."""
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **_pack(self))
-        _write(Path(path), [buffer.getvalue()])
+        write_whole(Path(path), [buffer.getvalue()])
 
     def save_arpa(self, path: str | os.PathLike[str]) -> None:
         """Write ARPA text, for other tools; nothing is quantised. Raises StorageError."""
-        _write(Path(path), (line.encode() for line in _arpa_lines(self)))
+        write_whole(Path(path), (line.encode() for line in _arpa_lines(self)))
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -614,17 +614,3 @@ def _arpa_lines(model: NgramModel) -> Iterator[str]:
             yield f"{log_prob:.7g}\t{gram}" + (f"\t{backoff:.7g}\n" if n < model.order else "\n")
         contexts, first = [gram + " " for gram in grams], level.first
     yield "\n\\end\\\n"
-
-
-def _write(path: Path, pieces: Iterable[bytes]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(pieces)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StorageError(f"{path}: cannot be written ({reason}); check the folder and free space") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

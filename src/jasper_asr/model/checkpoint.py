@@ -191,7 +191,9 @@ def save_safetensors(
         save_file(tensors, temporary, metadata={"config": json.dumps(config.raw)})
         os.replace(temporary, path)
     except SafetensorError as error:  # what a missing folder or a full disk becomes
-        raise StorageError(f"{path}: cannot write it ({_one_line(error)}); check folder and space") from error
+        raise StorageError(
+            f"{path}: cannot be written ({_one_line(error)}); check the folder and free space"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jasper_asr.config import ModelConfig, parse_config
 from jasper_asr.errors import ModelError, StorageError
+from jasper_asr.files import write_whole
 from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint, parameter_count, save_safetensors
 
 BUILTIN_MODELS = {"mini": Path(__file__).parents[1] / "models" / "mini" / "weights.safetensors"}
@@ -70,16 +71,7 @@ def export_onnx(
     checkpoint = load_checkpoint(path, config=config, weights=weights)
     shape = {"batch_size": batch_size, "frames": frames, "max_frames": max_frames}
     pieces = _graph_pieces(checkpoint, check, **shape, opset=opset, masked=masked)
-    temporary = out.with_name(out.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(pieces)
-        os.replace(temporary, out)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StorageError(f"{out}: cannot write it ({reason}); check folder and space") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(out, pieces)
     parameters = parameter_count(checkpoint.config)
     size, seconds = out.stat().st_size / 1e6, time.perf_counter() - started
     return (
