@@ -19,6 +19,7 @@ import jasper_asr
 from helpers_audio import CHECKPOINT, CONFIG, nemo_manifest, run, sound, tiny_checkpoint, wav, write_model
 from jasper_asr import cli
 from jasper_asr.audio import write_wav
+from jasper_asr.cli import models
 from jasper_asr.errors import DownloadError
 from jasper_asr.model import graph
 from jasper_asr.model.checkpoint import save_safetensors
@@ -333,7 +334,7 @@ def test_export_options_reach_the_file(tmp_path):
 
 
 def test_opsets_are_those_of_the_graph_builder():
-    assert cli.OPSETS == (graph.MIN_OPSET, graph.MAX_OPSET)
+    assert models.OPSETS == (graph.MIN_OPSET, graph.MAX_OPSET)
 
 
 def test_info_of_every_kind_of_file(folder):

@@ -23,7 +23,7 @@ from jasper_asr.train.dataset import BatchPlan, build_cache, fits, make_batch
 torch = pytest.importorskip("torch")
 
 from jasper_asr.model.net import Jasper  # noqa: E402
-from jasper_asr.train.loop import NovoGrad, TrainOptions, learning_rate, train  # noqa: E402
+from jasper_asr.train.loop import Muon, NovoGrad, TrainOptions, learning_rate, orthogonalized, train  # noqa: E402
 from jasper_asr.train.run import run_training  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -254,6 +254,33 @@ def test_novograd_matches_the_paper_in_plain_numpy():
         moment = step if index == 0 else 0.95 * moment + step
         weight = weight - 0.1 * moment
     np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonalized_keeps_singular_vectors_and_levels_values(shape):
+    matrix = torch.tensor(np.random.default_rng(1).normal(size=shape), dtype=torch.float32)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    levelled = left.T @ orthogonalized(matrix) @ right.T
+    diagonal = levelled.diagonal()
+    assert values.max() / values.min() > 2.5  # there was something to level
+    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+    assert (levelled - torch.diag(diagonal)).abs().max() < 1e-4
+
+
+def test_muon_takes_the_documented_steps():
+    """A matrix moves by its orthogonalised Nesterov momentum at AdamW's scale; the decoder's group by Adam."""
+    rng = np.random.default_rng(2)
+    weight, vector = (torch.nn.Parameter(torch.tensor(rng.normal(size=size))) for size in [(4, 6, 3), (5,)])
+    start = weight.detach().clone(), vector.detach().clone()
+    groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [vector], "orthogonal": False}]
+    optimizer = Muon(groups, lr=0.01)
+    weight.grad, vector.grad = (torch.tensor(rng.normal(size=p.shape)) for p in (weight, vector))
+    optimizer.step()
+    nesterov = (0.05 + 0.95 * 0.05) * weight.grad
+    update = 0.2 * math.sqrt(18) * orthogonalized(nesterov.flatten(1)).view(4, 6, 3)
+    expected = start[0] * (1 - 0.01 * 0.1) - 0.01 * update
+    np.testing.assert_allclose(weight.detach().numpy(), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(vector.detach().numpy(), (start[1] - 0.01 * vector.grad.sign()).numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

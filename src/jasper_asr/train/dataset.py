@@ -20,7 +20,7 @@ from jasper_asr.train import augment
 
 Progress = Callable[[int, int], None]
 
-PAD_FRAMES = 64
+PAD_FRAMES = 32
 """Batches are padded to a multiple of this, so that few shapes occur: runtimes build new kernels for each shape."""
 
 
@@ -111,8 +111,8 @@ class BatchPlan:
     def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
         """Lists of utterance indices; padded size at most `batch_frames` (a longer utterance is a batch by itself)."""
         rng = np.random.default_rng([self.seed, epoch])
-        # lengths jittered by 15 % so that batches mix differently every epoch and still pad little
-        order = np.argsort(self.frames * rng.uniform(0.85, 1.15, len(self.frames)), kind="stable")
+        # lengths jittered by 5 % so that batches mix differently every epoch and still pad little
+        order = np.argsort(self.frames * rng.uniform(0.95, 1.05, len(self.frames)), kind="stable")
         batches: list[NDArray[np.int64]] = []
         start, longest = 0, 0
         for end, index in enumerate(order):

@@ -1,4 +1,4 @@
-"""The training loop: CTC, AdamW or NovoGrad, EMA, bf16 autocast, DDP under torchrun, and a resume that is exact.
+"""The training loop: CTC, AdamW, NovoGrad or Muon, EMA, bf16 autocast, DDP under torchrun, and a resume that is exact.
 
 Nothing random lives outside a batch: the order of an epoch depends on (seed, epoch), augmentation and dropout of a
 step on (seed, step). So a run that was killed and resumed takes the very same steps as one that was not.
@@ -49,8 +49,8 @@ class TrainOptions:
     validate_steps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("adamw", "novograd"):
-            raise UsageError(f"optimizer {self.optimizer!r}: use adamw or novograd")
+        if self.optimizer not in ("adamw", "novograd", "muon"):
+            raise UsageError(f"optimizer {self.optimizer!r}: use adamw, novograd or muon")
         if self.schedule not in ("cosine", "poly"):
             raise UsageError(f"schedule {self.schedule!r}: use cosine or poly")
         if self.steps < 1 or self.batch_seconds <= 0 or self.lr <= 0:
@@ -191,6 +191,68 @@ class NovoGrad(torch.optim.Optimizer):
                 parameter -= group["lr"] * moment
 
 
+class Muon(torch.optim.Optimizer):
+    """Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), for convolutions.
+
+    The momentum of a weight, as a matrix [out, in * kernel], is replaced by its nearest semi-orthogonal matrix, scaled
+    to the root mean square that AdamW's updates have (0.2: Liu et al., arXiv 2502.16982), so that one learning rate
+    serves both. Groups with "orthogonal": False take AdamW's step: vectors and the decoder.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "orthogonal": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters that have a gradient."""
+        for group in self.param_groups:
+            update = self._orthogonal if group["orthogonal"] else self._adam
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    change = update(parameter.grad, self.state[parameter], group["momentum"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=group["lr"])
+
+    def _orthogonal(self, gradient: Tensor, state: dict[str, Any], momentum: float) -> Tensor:
+        if not state:
+            state["moment"] = torch.zeros_like(gradient)
+        state["moment"].lerp_(gradient, 1 - momentum)
+        matrix = gradient.lerp(state["moment"], momentum).flatten(1)  # Nesterov
+        return orthogonalized(matrix).mul_(0.2 * max(matrix.shape) ** 0.5).view_as(gradient)
+
+    def _adam(self, gradient: Tensor, state: dict[str, Any], _momentum: float) -> Tensor:
+        beta1, beta2 = 0.9, 0.99
+        if not state:
+            state.update(step=0, moment=torch.zeros_like(gradient), second=torch.zeros_like(gradient))
+        state["step"] += 1
+        mean: Tensor = state["moment"].lerp_(gradient, 1 - beta1) / (1 - beta1 ** state["step"])
+        second: Tensor = state["second"].lerp_(gradient.square(), 1 - beta2) / (1 - beta2 ** state["step"])
+        return mean.div_(second.sqrt_().add_(1e-8))
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """[m, n] -> [m, n] with the same singular vectors and all singular values near 1 (0.7 to 1.2).
+
+    Five Newton-Schulz steps X <- (a + b XX' + c (XX')^2) X with Jordan's coefficients. They are taken on the small
+    Gram matrix: every step multiplies X from the left by a polynomial of it, so the long side enters only twice.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    gram = wide @ wide.T
+    product = factor = _polynomial(gram)
+    for _ in range(4):
+        gram = factor @ gram @ factor
+        factor = _polynomial(gram)
+        product = factor @ product
+    result: Tensor = product @ wide
+    return result if matrix.shape[0] <= matrix.shape[1] else result.T
+
+
+def _polynomial(gram: Tensor) -> Tensor:
+    factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal().add_(3.4445)
+    return factor
+
+
 class _Meter:
     """Means over the steps since the last report."""
 
@@ -298,11 +360,23 @@ def _initial_state(
         model.load_state_dict(init)
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
-    kinds = {"adamw": torch.optim.AdamW, "novograd": NovoGrad}
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return TrainState(model, ema, kinds[options.optimizer](groups, lr=options.lr))
+    return TrainState(model, ema, _optimizer(model, options))
+
+
+def _optimizer(model: Jasper, options: TrainOptions) -> torch.optim.Optimizer:
+    hidden = [p for p in model.encoder.parameters() if p.ndim > 1]
+    decoder = [p for p in model.decoder.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    if options.optimizer == "muon":
+        kinds = ((hidden, options.weight_decay, True), (decoder, options.weight_decay, False), (vectors, 0.0, False))
+        return Muon([{"params": p, "weight_decay": decay, "orthogonal": o} for p, decay, o in kinds], lr=options.lr)
+    groups = [
+        {"params": hidden + decoder, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if options.optimizer == "novograd":
+        return NovoGrad(groups, lr=options.lr)
+    return torch.optim.AdamW(groups, lr=options.lr)
 
 
 def _validate(config: ModelConfig, state: TrainState, out: Path, validate: Validate, report: Report | None) -> None:
