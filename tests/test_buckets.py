@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from jasper_asr.config import builtin_config
-from jasper_asr.deploy.buckets import assign, choose_buckets, frame_counts, padding_waste
+from jasper_asr.deploy.buckets import (
+    Padding,
+    assign,
+    choose_auto,
+    choose_buckets,
+    frame_counts,
+    measure_padding,
+    model_padding,
+    padding_waste,
+)
 from jasper_asr.errors import UsageError
 
 FEATURES = builtin_config("jasper10x5dr").features
@@ -140,7 +149,22 @@ class TestFrameCounts:
             frame_counts([7.2, duration], FEATURES)
 
 
-DEV_CLEAN = {
+HISTOGRAM = """
+4 7 12 33 36 51 66 61 85 62 57 69 54 54 54 60 37 59 61 54 59 67 43 46 40 47 34 41 35 40 35 35 44 41
+35 31 33 39 27 26 39 28 28 32 24 37 24 20 24 35 25 19 22 20 27 29 20 14 17 17 21 13 16 10 12 15 15
+12 4 5 10 6 5 10 7 7 6 7 15 9 5 10 7 4 8 5 5 9 4 8 12 2 4 8 4 9 4 3 5 5 3 5 7 0 3 4 2 0 1 2 4 3 2 0
+3 2 0 3 3 4 2 4 2 1 0 0 1 0 1 0 2 0 1 2 2 2 0 3 0 1 0 2 0 2 1 2 0 0 0 0 0 0 0 0 0 0 0 1 0 1 1 0 0 0
+0 2 0 0 1 1 1 1 1 0 1 0 0 0 0 0 0 0 0 0 0 0 0 1 1 1 0 2 1 1 1 1
+"""
+"""Utterances of LibriSpeech dev-clean with 145 to 160 frames, 161 to 176, ..., 3265 to 3280: steps of 16.
+
+Counted in the numbers of samples of its 2703 files that nervjack2/HuBERT-Finetuning-Target lists (dev-clean.tsv).
+"""
+
+TOTAL_FRAMES = 1_940_211
+"""Of the same files: the sum of ceil(samples / 160)."""
+
+PUBLISHED_QUANTILES = {
     0.0: 1.4,
     0.001: 1.6,
     0.005: 1.8,
@@ -157,48 +181,113 @@ DEV_CLEAN = {
     0.999: 32.3,
     1.0: 32.6,
 }
-"""Share of the 2703 utterances of LibriSpeech dev-clean -> seconds that none of them exceeds.
-
-Published in k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py, with mean 7.2 and std 4.7.
-"""
+"""Share of dev-clean -> seconds that it does not exceed, from another hand: k2-fsa/icefall,
+egs/librispeech/ASR/local/display_manifest_statistics.py, with mean 7.2 and standard deviation 4.7."""
 
 
 def dev_clean_frames() -> np.ndarray:
-    """2703 utterances at equal steps of that distribution, its quantiles joined by straight lines in log(seconds)."""
-    shares = (np.arange(2703) + 0.5) / 2703
-    seconds = np.exp(np.interp(shares, list(DEV_CLEAN), np.log(list(DEV_CLEAN.values()))))
-    return frame_counts(seconds, FEATURES)
+    """The histogram as utterances; those of a step stand evenly in it."""
+    frames: list[int] = []
+    for step, count in enumerate(map(int, HISTOGRAM.split()), 10):
+        frames += [16 * step - (16 * index + 8) // count for index in range(count)]
+    return np.array(frames)
 
 
 class TestDevClean:
-    """The corpus itself is not at hand: a histogram from its published quantiles stands for it."""
+    """The durations of the corpus itself, within the 16 frames of a step."""
 
-    def test_histogram_has_the_published_mean_and_spread(self):
-        seconds = dev_clean_frames() / 100
-        assert seconds.mean() == pytest.approx(7.2, abs=0.1)
-        assert seconds.std() == pytest.approx(4.7, abs=0.15)
+    def test_histogram_is_that_of_the_corpus(self):
+        frames = dev_clean_frames()
+        assert len(frames) == 2703
+        assert frames.sum() == pytest.approx(TOTAL_FRAMES, rel=1e-3)
+        assert frames.mean() / 100 == pytest.approx(7.2, abs=0.05)
+        assert frames.std() / 100 == pytest.approx(4.7, abs=0.05)
+        found = np.quantile(frames / 100, list(PUBLISHED_QUANTILES))
+        np.testing.assert_allclose(found, list(PUBLISHED_QUANTILES.values()), atol=0.16 + 0.05)
 
     def test_the_guide_wastes_82_percent(self):
-        assert padding_waste(dev_clean_frames(), [4000]) == pytest.approx(0.82, abs=0.005)
+        waste = 1 - TOTAL_FRAMES / (2703 * 4000)
+        assert waste == pytest.approx(0.8206, abs=5e-5)
+        assert padding_waste(dev_clean_frames(), [4000]) == pytest.approx(0.8206, abs=5e-4)
 
     @pytest.mark.parametrize(
         ("count", "waste", "buckets"),
         [
-            (1, 77.7, [3264]),
-            (2, 51.1, [1104, 3264]),
-            (3, 36.6, [672, 1376, 3264]),
-            (4, 28.2, [528, 944, 1632, 3264]),
-            (6, 19.9, [416, 640, 928, 1328, 1968, 3264]),
-            (8, 14.9, [352, 512, 704, 928, 1248, 1632, 2368, 3264]),
-            (12, 10.0, [304, 416, 528, 656, 784, 928, 1120, 1328, 1632, 1968, 2384, 3264]),
+            (1, 78.1, [3280]),
+            (2, 50.3, [1120, 3280]),
+            (3, 37.4, [688, 1424, 3280]),
+            (4, 28.1, [560, 1040, 1792, 3280]),
+            (5, 22.8, [496, 800, 1152, 1792, 3280]),
+            (6, 19.4, [400, 624, 880, 1232, 1792, 3280]),
+            (7, 16.9, [368, 560, 800, 1056, 1472, 2096, 3280]),
+            (8, 14.6, [336, 496, 704, 944, 1216, 1600, 2112, 3280]),
         ],
     )
     def test_the_figures_of_the_docs(self, count, waste, buckets):
         frames = dev_clean_frames()
         assert choose_buckets(frames, max_buckets=count, max_frames=4000) == buckets
-        assert 100 * padding_waste(frames, buckets) == pytest.approx(waste, abs=0.05)
+        computed = assign(frames, buckets).sum()  # exact: no length cuts a step
+        assert 100 * (1 - TOTAL_FRAMES / computed) == pytest.approx(waste, abs=0.05)
 
-    def test_no_six_lengths_reach_15_percent(self):
+    def test_six_lengths_cannot_reach_15_percent_and_eight_do(self):
         frames = dev_clean_frames()
         best = choose_buckets(frames, max_buckets=6, align=1, max_frames=4000)
-        assert 0.19 < padding_waste(frames, best) < 0.2
+        assert 0.19 < padding_waste(frames, best) < 0.2  # not even without rounding to 16
+        chosen = choose_auto(frames, max_frames=4000)
+        assert chosen == [336, 496, 704, 944, 1216, 1600, 2112, 3280]
+        measured = measure_padding(frames, chosen, length=4000)
+        assert (measured.utterances, measured.longer) == (2703, 0)
+        assert measured.before == pytest.approx(0.8206, abs=5e-4)
+        assert measured.after < 0.15
+
+
+class TestAuto:
+    def test_takes_the_fewest_lengths_below_15_percent(self):
+        rng = np.random.default_rng(0)
+        for spread in (5, 300, 1000, 3000):
+            frames = rng.integers(900, 900 + spread, 500)
+            chosen = choose_auto(frames, max_frames=4000)
+            assert padding_waste(frames, chosen) < 0.15
+            fewer = choose_buckets(frames, max_buckets=max(len(chosen) - 1, 1), max_frames=4000)
+            assert len(chosen) <= 2 or padding_waste(frames, fewer) >= 0.15
+
+    def test_stops_at_eight(self):
+        frames = np.geomspace(16, 4000, 64).astype(int)
+        chosen = choose_auto(frames, max_frames=4000)
+        assert chosen == choose_buckets(frames, max_buckets=8, max_frames=4000)
+        assert len(chosen) == 8
+        assert padding_waste(frames, chosen) > 0.15
+
+    def test_what_is_too_long_does_not_count(self):
+        assert choose_auto([100, 200, 9000], max_frames=4000) == [112, 208]
+        with pytest.raises(UsageError, match=r"^no utterance has 4000 frames or fewer"):
+            choose_auto([9000], max_frames=4000)
+
+
+class TestMeasure:
+    def test_by_hand(self):
+        found = measure_padding([10, 20, 50, 90], [60, 20], length=80)
+        assert found == Padding(3, 1, 80, 1 - 80 / 240, (20, 60), 1 - 80 / 100)
+        assert measure_padding([90], [100], length=100).before == pytest.approx(0.1)
+
+    def test_nothing_fits(self):
+        with pytest.raises(UsageError, match=r"^no utterance has 80 frames or fewer; nothing to measure$"):
+            measure_padding([90], [100], length=80)
+
+    @pytest.mark.parametrize(
+        ("facts", "length", "lengths", "own"),
+        [
+            ({"inputs": {"feats": ["B", 64, "T"]}}, 4000, (112, 208), False),
+            ({"inputs": {"feats": ["B", 64, "T"]}, "max_frames": "3000"}, 3000, (112, 208), False),
+            ({"inputs": {"feats": [1, 64, 2000]}}, 2000, (112, 208), False),
+            ({"inputs": {"feats": [4, 64, 304]}, "gears": [[1, 304], [4, 304]]}, 304, (112, 208), False),
+            ({"inputs": {"feats": [4, 64, 304]}, "gears": [[4, 304], [4, 160]]}, 4000, (160, 304), True),
+            ({"inputs": {"feats": [4, 64, 6000]}, "gears": [[4, 6000], [4, 160]]}, 6000, (160, 6000), True),
+        ],
+    )
+    def test_of_a_model(self, facts, length, lengths, own):
+        facts = facts | {"features": {"sample_rate": 16_000, "window_stride": 0.01}}
+        found = model_padding([1.0, 2.0], facts)
+        assert (found.length, found.lengths, found.own) == (length, lengths, own)
+        assert found.before == pytest.approx(1 - 300 / (2 * length))
+        assert found.after == pytest.approx(1 - 300 / assign([100, 200], lengths).sum())

@@ -1,6 +1,7 @@
 """Any file or bytes to mono float32 at 16 kHz; the one place where limits on sound live.
 
 libsndfile decodes, block by block, so that a limit stops the work and not only the result; soxr resamples.
+What libsndfile does not know, such as the sound of a video, goes through FFmpeg where PyAV (extra `av`) is installed.
 What a file holds is decided by its content, never by its extension.
 """
 
@@ -10,10 +11,11 @@ import re
 import stat
 import uuid
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +45,17 @@ _BLOCK = 1 << 18  # frames decoded at a time: 8 MiB of float32 at 8 channels
 _MIN_SECONDS = 0.01  # one hop of the features; less than that carries no frame
 _UNKNOWN_LENGTH = 1 << 62  # libsndfile's frame count for "the header does not say" is 2**63 - 1
 _STREAMED_SIZE = 0x7FFF_F000  # chunk sizes from here up are what writers to a pipe leave behind
+_UNKNOWN_TO_SNDFILE = (1, 4)  # SF_ERR_UNRECOGNISED_FORMAT, SF_ERR_UNSUPPORTED_ENCODING
 _OPUS_LEAD = 10  # seconds decoded ahead of a part: the decoder is adaptive and settles within a few
+_SNDFILE_NAMES = "wav wave flac mp3 mp2 mpga ogg oga opus aif aiff aifc au snd caf w64 rf64 sph nist voc avr"
+_AV_NAMES = (
+    "mp4 m4a m4b m4v mov 3gp 3g2 mkv mka webm avi flv wma wmv asf aac ac3 eac3 amr ape wv tta ts mts m2ts mpg mpeg "
+    "ogv spx rm rmvb"
+)
+AV_SUFFIXES = frozenset(f".{name}" for name in _AV_NAMES.split())
+AUDIO_SUFFIXES = AV_SUFFIXES | {f".{name}" for name in _SNDFILE_NAMES.split()}
+"""What sound files are usually called, for those who look through folders; decoding goes by content alone."""
+
 _HEADERLESS = {".raw", ".pcm", ".vox", ".gsm", ".ulaw", ".alaw", ".ul", ".al", ".s16"}
 
 
@@ -79,13 +91,18 @@ def load_audio(
     with closing(_open_bytes(name, source, limits)) as handle:
         _check_ogg_end(name, handle)
         with _open_decoder(name, handle) as sound:
-            _check_header(name, sound, limits)
-            blocks = _decoded_blocks(name, sound, handle, part, limits)
-            return _collect(name, blocks, sound.samplerate, sample_rate, limits)
+            rate, blocks = _decoder_blocks(name, sound, handle, part, limits)
+            return _collect(name, blocks, rate, sample_rate, limits)
 
 
 def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
-    """Cut leading and trailing silence of [N] samples: the view from the first to the last loud frame.
+    """Cut leading and trailing silence of [N] samples: the view between `loud_bounds`."""
+    start, stop = loud_bounds(samples, top_db)
+    return samples[start:stop]
+
+
+def loud_bounds(samples: np.ndarray, top_db: float = 60.0) -> tuple[int, int]:
+    """First sample of the first loud frame, and the one after the last loud frame, of [N] samples.
 
     A frame is loud when its RMS lies above `-top_db` dB relative to the loudest frame. Frames hold 2048
     samples, 512 apart, centred with zeros beyond the ends; RMS below 1e-5 counts as 1e-5, so all-quiet input
@@ -95,7 +112,7 @@ def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
     """
     hop = 512
     if samples.size == 0:
-        return samples
+        return 0, 0
     frames = 1 + len(samples) // hop
     padded = np.zeros((frames + 3) * hop, samples.dtype)
     padded[2 * hop : 2 * hop + len(samples)] = samples
@@ -105,8 +122,8 @@ def trim_silence(samples: np.ndarray, top_db: float = 60.0) -> np.ndarray:
     decibels = 10.0 * np.log10(np.maximum(power, 1e-10))
     loud = np.flatnonzero(decibels - decibels.max() > -top_db)
     if loud.size == 0:
-        return samples[:0]
-    return samples[loud[0] * hop : min(len(samples), (loud[-1] + 1) * hop)]
+        return 0, 0
+    return int(loud[0]) * hop, min(len(samples), (int(loud[-1]) + 1) * hop)
 
 
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
@@ -140,6 +157,11 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, sample_rate: in
             temporary.unlink()
 
 
+def to_mono(samples: np.ndarray) -> np.ndarray:
+    """[N] or [N, channels] of any integer or float dtype to float32 [N], scaled and averaged as `load_audio` does."""
+    return _downmix(_to_float(samples))
+
+
 # --- opening ----------------------------------------------------------------
 
 
@@ -168,7 +190,7 @@ def _open_bytes(name: str, source: str | os.PathLike[str] | bytes, limits: Audio
 
 
 def _open_decoder(name: str, handle: BinaryIO) -> Any:
-    """A soundfile.SoundFile that reads strictly forward."""
+    """A soundfile.SoundFile that reads strictly forward, or PyAV's container of what libsndfile does not know."""
     import soundfile
 
     class ForwardSoundFile(soundfile.SoundFile):  # type: ignore[misc]
@@ -180,13 +202,47 @@ def _open_decoder(name: str, handle: BinaryIO) -> Any:
     try:
         return ForwardSoundFile(handle)
     except soundfile.LibsndfileError as error:
-        cure = "convert it to WAV or FLAC"
-        if Path(name).suffix.lower() in _HEADERLESS:
+        has_av, container = _open_container(handle) if error.code in _UNKNOWN_TO_SNDFILE else (True, None)
+        if container is not None:
+            return container
+        cure, suffix = "convert it to WAV or FLAC", Path(name).suffix.lower()
+        if not has_av and (suffix in AV_SUFFIXES or not suffix):
+            cure = "pip install 'jasper-asr[av]' for video and more formats, or convert it to WAV or FLAC"
+        if suffix in _HEADERLESS:
             cure = "headerless sound does not say its rate: wrap it in WAV, or pass (samples, rate)"
         raise AudioError(f"{name}: not audio that libsndfile can read ({_reason(error)}); {cure}") from error
 
 
+def _open_container(handle: BinaryIO) -> tuple[bool, Any]:
+    """Whether PyAV is installed, and an av.container.InputContainer if FFmpeg knows the format."""
+    try:
+        import av
+    except ImportError:
+        return False, None
+    handle.seek(0)
+    try:
+        # Playlists and their like make FFmpeg open other files and addresses: only plain containers, no protocols.
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
+        return True, av.open(handle, options=options, metadata_errors="replace")
+    except av.FFmpegError:
+        return True, None
+
+
+_CONTAINERS = "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,ape,wv,tta,caf,ogg,wav,aiff,rm"
+
 # --- decoding ---------------------------------------------------------------
+
+
+def _decoder_blocks(
+    name: str, sound: Any, handle: BinaryIO, part: tuple[float, float | None], limits: AudioLimits
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The rate and the mono blocks of a part of what `_open_decoder` gave."""
+    import soundfile
+
+    if not isinstance(sound, soundfile.SoundFile):
+        return _container_blocks(name, sound, part, limits)
+    _check_header(name, sound, limits)
+    return sound.samplerate, _decoded_blocks(name, sound, handle, part, limits)
 
 
 def _decoded_blocks(
@@ -212,6 +268,80 @@ def _decoded_blocks(
         _check_end(name, sound, handle, first + read, wanted - read)
 
 
+def _container_blocks(
+    name: str, container: Any, part: tuple[float, float | None], limits: AudioLimits
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The rate and the mono blocks of a part of the best audio stream, which is decoded from its start."""
+    stream = container.streams.best("audio")
+    if stream is None:
+        raise AudioError(f"{name}: holds no audio stream; give a file with sound")
+    if stream.codec_context is None or not stream.rate:
+        raise AudioError(f"{name}: FFmpeg has no decoder for its sound; convert it to WAV or FLAC")
+    # The first frame tells the rate: in HE-AAC it can be twice that of the stream.
+    frames = _container_frames(name, container, stream)
+    head = next(frames, None)
+    rate, channels = (head.sample_rate, head.layout.nb_channels) if head else (stream.rate, stream.channels)
+    _check_rate(name, rate, limits)
+    _check_channels(name, channels, limits)
+    declared = float(stream.duration * stream.time_base) if stream.duration else 0.0
+    if part[1] is None and declared - part[0] > limits.max_seconds + 1:
+        raise _too_long(name, limits, f"{declared - part[0]:.0f} s to decode")
+    first, wanted = _part_in_frames(name, part, rate, _UNKNOWN_LENGTH, limits)
+    # what other containers declare may be an estimate
+    least = round((declared - 0.5) * rate) if container.format.name.startswith("mov") else 0
+    blocks = _joined(name, chain([head] if head else [], frames), rate, channels)
+    return rate, _cut_blocks(name, blocks, rate, (first, first + wanted), least)
+
+
+def _container_frames(name: str, container: Any, stream: Any) -> Iterator[Any]:
+    """Every av.AudioFrame of the stream."""
+    import av
+
+    seconds = 0.0
+    try:
+        for frame in container.decode(stream):
+            seconds += frame.samples / frame.sample_rate
+            yield frame
+    except av.FFmpegError as error:
+        raise _breaks_off(name, round(seconds * 1000), 1000, f" ({_reason(error)})") from error
+
+
+def _joined(name: str, frames: Iterable[Any], rate: int, channels: int) -> Iterator[np.ndarray]:
+    """Mono blocks of _BLOCK samples or a little more: a frame of a codec has about a thousand."""
+    held: list[np.ndarray] = []
+    samples = 0
+    for frame in frames:
+        if (frame.sample_rate, frame.layout.nb_channels) != (rate, channels):
+            raise AudioError(f"{name}: its sample rate or channels change on the way; convert it to WAV or FLAC")
+        values = frame.to_ndarray()
+        held.append(_downmix(_to_float(values.T if frame.format.is_planar else values.reshape(-1, channels))))
+        samples += frame.samples
+        if samples >= _BLOCK:
+            yield np.concatenate(held)
+            held, samples = [], 0
+    if held:
+        yield np.concatenate(held)
+
+
+def _cut_blocks(
+    name: str, blocks: Iterator[np.ndarray], rate: int, bounds: tuple[int, int], least: int
+) -> Iterator[np.ndarray]:
+    """What lies between the bounds [first, stop); raises when the blocks end before, or before `least` samples."""
+    first, stop = bounds
+    read = 0
+    for block in blocks:
+        kept = block[max(0, first - read) : max(0, stop - read)]
+        read += len(block)
+        if len(kept):
+            yield kept
+        if read >= stop:
+            return
+    if read < least:
+        raise _breaks_off(name, read, rate, f", {least / rate + 0.5:.2f} s are declared")
+    if 0 < read <= first:
+        raise AudioError(f"{name}: offset {first / rate:g} s is beyond its end; choose one within it")
+
+
 def _array_blocks(
     name: str, source: tuple[Any, ...], part: tuple[float, float | None], limits: AudioLimits
 ) -> tuple[int, Iterator[np.ndarray]]:
@@ -226,7 +356,7 @@ def _array_blocks(
     rate = int(rate)
     first, wanted = _part_in_frames(name, part, rate, len(samples), limits)
     stop = first + wanted
-    blocks = (_downmix(_to_float(samples[i : min(i + _BLOCK, stop)])) for i in range(first, stop, _BLOCK))
+    blocks = (to_mono(samples[i : min(i + _BLOCK, stop)]) for i in range(first, stop, _BLOCK))
     return rate, blocks
 
 
@@ -237,7 +367,7 @@ def _collect(name: str, blocks: Iterator[np.ndarray], rate: int, sample_rate: in
         import soxr  # type: ignore[import-untyped]
 
         resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
-    joined, frames = [np.empty(0, np.float32)], 0
+    joined, frames = _Growing(), 0
     for block in blocks:
         finite = np.isfinite(block)
         if not finite.all():
@@ -246,18 +376,36 @@ def _collect(name: str, blocks: Iterator[np.ndarray], rate: int, sample_rate: in
         frames += len(block)
         if frames > limits.max_seconds * rate:
             raise _too_long(name, limits, "goes on")
-        joined.append(block if resampler is None else resampler.resample_chunk(block))
+        joined.extend(block if resampler is None else resampler.resample_chunk(block))
     if frames == 0:
         raise AudioError(f"{name}: holds no samples; record or export it again")
     if resampler is not None:
-        joined.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
+        joined.extend(resampler.resample_chunk(np.empty(0, np.float32), last=True))
     if frames < _MIN_SECONDS * rate:
         plural = "" if frames == 1 else "s"
         raise AudioError(
             f"{name}: {frames} sample{plural} at {rate} Hz is too short for one feature frame; "
             f"give at least {_MIN_SECONDS * 1000:.0f} ms"
         )
-    return np.concatenate(joined)
+    return joined.whole()
+
+
+class _Growing:
+    """float32 samples that grow in place: joining hours of blocks at the end would hold them twice."""
+
+    def __init__(self) -> None:
+        self._values, self._length = np.empty(_BLOCK, np.float32), 0
+
+    def extend(self, block: np.ndarray) -> None:
+        needed = self._length + len(block)
+        if needed > len(self._values):
+            self._values.resize(max(needed, len(self._values) * 3 // 2), refcheck=False)
+        self._values[self._length : needed] = block
+        self._length = needed
+
+    def whole(self) -> np.ndarray:
+        self._values.resize(self._length, refcheck=False)
+        return self._values
 
 
 def _go_to(name: str, sound: Any, first: int) -> None:

@@ -42,6 +42,12 @@ class FeatureConfig:
     highfreq: float | None = None
     max_duration: float = math.inf
     pad_to_max_duration: bool = False
+    log_guard: float = 1e-20
+    """Added to energies before the logarithm; NeMo adds 2^-24."""
+    pad_mode: str = "reflect"
+    """What a centred frame sees beyond the signal's ends: its reflection, or `constant` zeros, as with NeMo."""
+    frame_count: str = "ceil"
+    """Valid frames of N samples: ceil(N / hop), or `floor`, as with NeMo."""
 
     @property
     def win_length(self) -> int:
@@ -310,12 +316,14 @@ class _Parser:
             "window": ("hann",),
             "normalize": ("per_feature",),
             "frame_splicing": (1,),
+            "pad_mode": ("reflect", "constant"),
+            "frame_count": ("ceil", "floor"),
         }
         for name, allowed in known.items():
             if getattr(features, name) not in allowed:
                 options = " or ".join(map(str, allowed))
                 raise self.fail(f"key {key}.{name}: {getattr(features, name)!r} is not supported; use {options}")
-        for name in ("sample_rate", "window_size", "window_stride", "n_fft", "n_filt"):
+        for name in ("sample_rate", "window_size", "window_stride", "n_fft", "n_filt", "log_guard"):
             if not getattr(features, name) > 0:
                 raise self.fail(f"key {key}.{name}: must be above 0")
         for name in ("window_size", "window_stride"):

@@ -4,6 +4,8 @@ The chain (NVIDIA's FilterbankFeatures, and librosa's mel filters, written again
 pre-emphasis 0.97 with the first sample kept; STFT with a symmetric Hann window, centred, reflect padding; power;
 Slaney mel filters; log(x + 1e-20); per band (x - mean) / (std + 1e-5) over the valid frames, std unbiased.
 A signal of N samples has ceil(N / hop) valid frames. Nothing is random: dither is left out.
+NeMo's dialect of it differs in three fields of FeatureConfig: zeros for reflections (`pad_mode`), log(x + 2^-24)
+(`log_guard`), and floor(N / hop) valid frames (`frame_count`).
 Features are computed one utterance at a time, so a batch and a single run agree by construction.
 """
 
@@ -17,7 +19,8 @@ from jasper_asr.config import FeatureConfig
 
 Float32 = NDArray[np.float32]
 
-LOG_GUARD = 1e-20
+LOG_GUARD = FeatureConfig.log_guard
+"""NVIDIA's, the default."""
 STD_GUARD = 1e-5
 _BLOCK_FRAMES = 512
 """Frames per FFT call: 512 x 512 float32 stay in the second-level cache, and memory stays flat for long audio."""
@@ -39,13 +42,13 @@ def features(samples: Float32, config: FeatureConfig) -> tuple[Float32, int]:
 
 
 def log_mel(samples: Float32, config: FeatureConfig) -> Float32:
-    """Samples float32 [N] -> log-mel energies before normalisation, float32 [n_filt, ceil(N / hop)]."""
+    """Samples float32 [N] -> log-mel energies before normalisation, float32 [n_filt, valid frames]."""
     samples = np.asarray(samples, np.float32)
     if samples.ndim != 1 or not len(samples):
         raise ValueError(f"samples must be a non-empty [N] array, not {list(samples.shape)}")
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is an error below, not a warning
         energies = _energies(_emphasise(samples, config.preemph), config)
-        np.log(energies + np.float32(LOG_GUARD), out=energies)
+        np.log(energies + np.float32(config.log_guard), out=energies)
     if not np.isfinite(energies).all():
         raise ValueError("features are not finite: the samples hold NaN, infinity or absurdly large values")
     return np.ascontiguousarray(energies.T)
@@ -68,12 +71,14 @@ def max_duration_frames(config: FeatureConfig) -> int:
 
 
 def valid_frames(n_samples: int, config: FeatureConfig) -> int:
-    """Valid feature frames of a signal of `n_samples` samples: ceil(N / hop)."""
+    """Valid feature frames of a signal of `n_samples` samples: ceil(N / hop), or floor, but never none."""
+    if config.frame_count == "floor":
+        return max(n_samples // config.hop_length, 1)
     return -(-n_samples // config.hop_length)
 
 
 def _energies(samples: Float32, config: FeatureConfig) -> Float32:
-    """Power in each mel band, float32 [ceil(N / hop), n_filt]."""
+    """Power in each mel band, float32 [valid frames, n_filt]."""
     window = _window(config.win_length)
     frames = _frames(samples, config)
     mel = _mel_filters(config.sample_rate, config.n_fft, config.n_filt, config.lowfreq, config.highfreq).T
@@ -97,10 +102,10 @@ def _emphasise(samples: Float32, preemph: float) -> Float32:
 
 
 def _frames(samples: Float32, config: FeatureConfig) -> Float32:
-    """Overlapping views [ceil(N / hop), win] of the signal, reflected at both ends as a centred STFT sees it."""
+    """Overlapping views [valid frames, win] of the signal, continued at both ends as a centred STFT sees it."""
     win, hop = config.win_length, config.hop_length
     reach = win // 2  # the FFT's other n_fft/2 - win/2 reflected samples meet a zero window
-    padded = np.pad(samples, (reach, reach), mode="reflect")
+    padded = np.pad(samples, (reach, reach), mode=config.pad_mode)  # type: ignore[call-overload]
     windows = np.lib.stride_tricks.sliding_window_view(padded, win)
     return windows[::hop][: valid_frames(len(samples), config)]
 

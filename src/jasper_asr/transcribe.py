@@ -1,7 +1,10 @@
 """The spine: audio -> features -> network -> text. The only room that joins the four stages."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr import audio, decode, features
+from jasper_asr.align import Word, align
 from jasper_asr.backends import Backend, open_backend
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import AudioError, JasperError, ModelError, UsageError
+from jasper_asr.windows import LongFeatures, exact_halo, plan_windows
 
 if TYPE_CHECKING:
     from jasper_asr.lm import NgramModel
@@ -35,7 +40,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class BeamOptions:
-    """Beam search: `lm` is an n-gram model (our binary, ARPA, or the built-in `mini`), None searches without one.
+    """Beam search: `lm` is an n-gram model (a file, or the built-in `mini`), None searches without one.
 
     Weights that are None are those that `jasper_asr.beam` was tuned to.
     """
@@ -52,10 +57,14 @@ BUILTIN_LMS = {"mini": Path(__file__).parent / "models" / "mini" / "words.lm"}
 
 @dataclass(frozen=True)
 class Transcript:
-    """What was recognised in one utterance; `duration` in seconds of audio."""
+    """What was recognised in one utterance; `duration` in seconds of audio.
+
+    `words` have times in seconds from its start; they are there when the Transcriber was asked for them.
+    """
 
     text: str
     duration: float
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,18 @@ Result = Transcript | Failure
 
 Decoder = Callable[[Float32], str]
 
+LONGEST_PASS = 12_000
+"""Feature frames that go through the network at once, two minutes; longer audio goes in windows of this length."""
+
 
 class Transcriber:
     """Features, network and decoder of one model. Make it with `load`; use it as a context manager or `close` it.
 
     `batch_size` is how many utterances `transcribe_many` gives the network at once; 1 runs each at its exact length.
     `decoder` turns an utterance's log_probs [T', n_classes] into text; by default the best path.
+    `words` adds times and confidences of words. Audio longer than two minutes, or than the model takes, goes through
+    the network in windows with exact halos; `chunk_seconds` sets another length of windows, and `halo_seconds` below
+    half the receptive field makes the result approximate.
     """
 
     def __init__(
@@ -86,6 +101,9 @@ class Transcriber:
         pad_to: float | None = None,
         limits: audio.AudioLimits = audio.DEFAULT_LIMITS,
         decoder: Decoder | None = None,
+        words: bool = False,
+        chunk_seconds: float | None = None,
+        halo_seconds: float | None = None,
     ) -> None:
         self._backend = backend
         self._decoder = decoder or (lambda rows: decode.greedy(rows, len(rows), backend.config.labels))
@@ -93,6 +111,12 @@ class Transcriber:
         self.batch_size = backend.shapes.batch_size or batch_size
         self.trim_silence = self.config.dataset.trim_silence if trim_silence is None else trim_silence
         self.limits = limits
+        self.words = words
+        stride = self.config.features.window_stride
+        self._halo = exact_halo(self.config) if halo_seconds is None else round(halo_seconds / stride)
+        self._window = backend.shapes.frames or max(LONGEST_PASS, 4 * self._halo)
+        if chunk_seconds is not None:
+            self._window = min(self._window, round(chunk_seconds / stride))
         self.feature_config = replace(
             self.config.features, pad_to_max_duration=pad_to is not None, max_duration=pad_to or float("inf")
         )
@@ -106,36 +130,46 @@ class Transcriber:
 
         Rows beyond their length are zero. The result for an utterance does not depend on the others.
         """
-        names = [f"<samples {index}>" for index in range(len(samples))]
-        feats = [self._finite_features(name, row) for name, row in zip(names, samples, strict=True)]
-        rows = self._run(names, feats)
+        items = [self._measured(index, f"<samples {index}>", row) for index, row in enumerate(samples)]
+        rows = self._run(items)
         lens = np.array([len(row) for row in rows], np.int32)
         padded = np.zeros((len(rows), int(lens.max(initial=0)), self.config.n_classes), np.float32)
         for target, row in zip(padded, rows, strict=True):
             target[: len(row)] = row
         return padded, lens
 
+    @property
+    def fixed_frames(self) -> int | None:
+        """Feature frames of every run, for a model of fixed length; None for one that takes any length."""
+        return self._backend.shapes.frames
+
+    def run_features(self, feats: Float32) -> Float32:
+        """Normalised features float32 [n_filt, T] -> log_probs float32 [T', n_classes], in one pass."""
+        return next(self._run_batches([(feats, feats.shape[1])]))
+
     def transcribe(self, source: Source | Clip) -> Transcript:
         """Transcribe one utterance. Raises AudioError, StorageError or ModelError."""
         return self._decode([self._prepare(0, source)])[0]
 
     def transcribe_many(
-        self, sources: Iterable[Source | Clip], *, progress: Callable[[float], None] | None = None
+        self,
+        sources: Iterable[Source | Clip],
+        *,
+        progress: Callable[[float], None] | None = None,
+        heard: Callable[[float], None] | None = None,
+        jobs: int = 0,
     ) -> Iterator[Result]:
         """Results in the order of `sources`; one that cannot be read or run is a Failure and stops nobody else.
 
         With a batch size above 1 neighbours of similar length are run together, so results come in chunks.
-        `progress` is called once for every utterance, with the seconds of audio that it holds: 0 if unreadable.
+        `progress` is called once for every utterance, with the seconds of audio that it holds: 0 if unreadable;
+        `heard` with the seconds that went through the network, many times in a long file. While the network runs the
+        next `jobs` sources are read and decoded, each in a thread.
         """
         chunk_size = self.batch_size * 16 if self.batch_size > 1 else 1
-        chunk: list[Source | Clip] = []
-        for source in sources:
-            chunk.append(source)
-            if len(chunk) == chunk_size:
-                yield from self._chunk(chunk, progress)
-                chunk = []
-        if chunk:
-            yield from self._chunk(chunk, progress)
+        items = self._prepared(sources, jobs)
+        while results := self._chunk(islice(items, chunk_size), progress, heard):
+            yield from results
 
     def close(self) -> None:
         """Give back the runtime's memory."""
@@ -149,33 +183,70 @@ class Transcriber:
     ) -> None:
         self.close()
 
-    def _chunk(self, sources: list[Source | Clip], progress: Callable[[float], None] | None) -> list[Result]:
-        results: list[Result | None] = [None] * len(sources)
+    def _chunk(
+        self,
+        items: Iterable["_Ready | Failure"],
+        progress: Callable[[float], None] | None,
+        heard: Callable[[float], None] | None,
+    ) -> list[Result]:
+        results: list[Result | None] = []
         ready: list[_Ready] = []
-        for index, source in enumerate(sources):
-            try:
-                ready.append(self._prepare(index, source))
-            except JasperError as error:
-                results[index] = Failure(error)
-                if progress:
-                    progress(0.0)
-        ready.sort(key=lambda item: item.frames)
-        for start in range(0, len(ready), self.batch_size):
-            batch = ready[start : start + self.batch_size]
-            for item, result in zip(batch, self._batch(batch), strict=True):
+
+        def finish(batch: list[_Ready]) -> None:
+            for item, result in zip(batch, self._batch(batch, heard), strict=True):
                 results[item.index] = result
                 if progress:
                     progress(item.seconds)
+
+        for index, item in enumerate(items):
+            results.append(None)
+            if isinstance(item, Failure):
+                results[index] = item
+                if progress:
+                    progress(0.0)
+                continue
+            item = replace(item, index=index)
+            if isinstance(item.feats, LongFeatures):
+                finish([item])  # at once: the samples of many would fill the memory
+            else:
+                ready.append(item)
+        ready.sort(key=lambda item: item.frames)
+        for start in range(0, len(ready), self.batch_size):
+            finish(ready[start : start + self.batch_size])
         return [result for result in results if result is not None]
 
-    def _batch(self, batch: list["_Ready"]) -> list[Result]:
+    def _batch(self, batch: list["_Ready"], heard: Callable[[float], None] | None) -> list[Result]:
         """Results of a batch; if it fails, each utterance is tried alone, so that only the guilty ones fail."""
         try:
-            return list(self._decode(batch))
+            return list(self._decode(batch, heard))
         except JasperError as error:
             if len(batch) == 1:
                 return [Failure(error)]
-        return [result for item in batch for result in self._batch([item])]
+        return [result for item in batch for result in self._batch([item], heard)]
+
+    def _prepared(self, sources: Iterable[Source | Clip], jobs: int) -> Iterator["_Ready | Failure"]:
+        """Each source with its features, `jobs` of them ahead of the one that is asked for."""
+
+        def attempt(source: Source | Clip) -> _Ready | Failure:
+            try:
+                return self._prepare(0, source)
+            except JasperError as error:
+                return Failure(error)
+
+        if not jobs:
+            yield from map(attempt, sources)
+            return
+        pool = ThreadPoolExecutor(jobs)
+        waiting: deque[Future[_Ready | Failure]] = deque()
+        try:
+            for source in sources:
+                waiting.append(pool.submit(attempt, source))
+                if len(waiting) > jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, index: int, source: Source | Clip) -> "_Ready":
         clip = source if isinstance(source, Clip) else Clip(source)
@@ -184,49 +255,90 @@ class Transcriber:
         samples = audio.load_audio(
             clip.source, offset=clip.offset, duration=clip.duration, limits=self.limits, sample_rate=rate
         )
-        kept = audio.trim_silence(samples) if self.trim_silence else samples
-        return _Ready(index, name, *self._finite_features(name, kept), seconds=len(samples) / rate)
+        start, stop = audio.loud_bounds(samples) if self.trim_silence else (0, len(samples))
+        item = self._measured(index, name, samples[start:stop])
+        return replace(item, seconds=len(samples) / rate, offset=start / rate)
 
-    def _finite_features(self, name: str, samples: Float32) -> tuple[Float32, int]:
+    def _measured(self, index: int, name: str, samples: Float32) -> "_Ready":
+        """Samples float32 [N] with their features: at once, or window by window for long audio."""
+        seconds = len(samples) / self.config.features.sample_rate
+        frames = features.valid_frames(len(samples), self.feature_config)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found not finite
-                return self.features(samples)
+                if self._goes_in_windows(frames):
+                    return _Ready(index, name, LongFeatures(samples, self.feature_config), frames, seconds)
+                return _Ready(index, name, *self.features(samples), seconds)
         except ValueError as error:
             raise AudioError(f"{name}: {error}; full scale is 1.0") from error
 
-    def _decode(self, batch: list["_Ready"]) -> list[Transcript]:
-        rows = self._run([item.name for item in batch], [(item.feats, item.frames) for item in batch])
-        return [Transcript(self._decoder(row), item.seconds) for item, row in zip(batch, rows, strict=True)]
+    def _goes_in_windows(self, frames: int) -> bool:
+        shapes = self._backend.shapes
+        return frames > self._window and (shapes.masked or not shapes.frames)
+
+    def _decode(self, batch: list["_Ready"], heard: Callable[[float], None] | None = None) -> list[Transcript]:
+        rows = self._run(batch, heard)
+        return [self._transcript(item, row) for item, row in zip(batch, rows, strict=True)]
+
+    def _transcript(self, item: "_Ready", row: Float32) -> Transcript:
+        text = self._decoder(row)
+        if not self.words:
+            return Transcript(text, item.seconds)
+        timing = {"seconds_per_frame": self.config.frame_seconds, "duration": item.seconds, "offset": item.offset}
+        return Transcript(text, item.seconds, align(row, text, self.config.labels, **timing))
 
     def _check_length(self, name: str, frames: int) -> None:
-        shapes, stride = self._backend.shapes, self.config.features.window_stride
-        if shapes.frames and frames > shapes.frames:
-            raise AudioError(
-                f"{name}: {frames * stride:g} s of audio, the model takes {shapes.frames * stride:g} s; "
-                "split it, or use a model exported without --frames"
-            )
+        shapes = self._backend.shapes
         if shapes.frames and not shapes.masked and frames != shapes.frames:
             raise AudioError(f"{name}: this unmasked model takes just {shapes.frames} frames; use a masked one")
 
-    def _run(self, names: list[str], feats: list[tuple[Float32, int]]) -> list[Float32]:
-        """Valid log_probs [T', n_classes] of each utterance, through batches that the backend's shapes allow."""
+    def _run(self, items: list["_Ready"], heard: Callable[[float], None] | None = None) -> list[Float32]:
+        """Valid log_probs [T', n_classes] of each utterance."""
+        for item in items:
+            self._check_length(item.name, item.frames)
+        short = [(item.feats, item.frames) for item in items if not isinstance(item.feats, LongFeatures)]
+        together = self._run_batches(short)
+        rows = []
+        for item in items:
+            if isinstance(item.feats, LongFeatures):
+                row = np.concatenate(list(self._run_windows(item, item.feats, heard)))
+            else:
+                row = next(together)
+                if heard:
+                    heard(item.seconds)
+            if not np.isfinite(row).all():
+                raise ModelError(f"{item.name}: log_probs are not finite; the weights or the precision are unfit")
+            rows.append(row)
+        return rows
+
+    def _run_batches(self, feats: Sequence[tuple[Float32, int]]) -> Iterator[Float32]:
+        """log_probs of each of `feats` (values [n_filt, T], valid frames), in batches that the backend takes."""
         shapes = self._backend.shapes
-        for name, (_, frames) in zip(names, feats, strict=True):
-            self._check_length(name, frames)
         # without masks only utterances of equal length can share a batch
         longest = max((frames for _, frames in feats), default=0)
         size = (shapes.most(longest) or len(feats)) if shapes.masked or shapes.frames else 1
-        rows: list[Float32] = []
         for start in range(0, len(feats), max(size, 1)):
             part = feats[start : start + size]
             log_probs, lens = self._backend.run(*self._pack(part))
-            rows += [log_probs[index, : lens[index]] for index in range(len(part))]
-        for name, row in zip(names, rows, strict=True):
-            if not np.isfinite(row).all():
-                raise ModelError(f"{name}: log_probs are not finite; the weights or the precision are unfit")
-        return rows
+            yield from (log_probs[index, : lens[index]] for index in range(len(part)))
 
-    def _pack(self, feats: list[tuple[Float32, int]]) -> tuple[Float32, NDArray[np.int32]]:
+    def _run_windows(
+        self, item: "_Ready", feats: LongFeatures, heard: Callable[[float], None] | None
+    ) -> Iterator[Float32]:
+        """log_probs of long audio, piece by piece; see `jasper_asr.windows`."""
+        size = self._backend.shapes.most(self._window) or 1
+        try:
+            windows = list(plan_windows(feats.frames, self._window, self._halo, self.config))
+        except UsageError as error:
+            raise UsageError(f"{item.name}: {error}") from error
+        for start in range(0, len(windows), size):
+            part = windows[start : start + size]
+            given = [(feats.window(window.start, window.stop), window.stop - window.start) for window in part]
+            for window, row in zip(part, self._run_batches(given), strict=True):
+                yield row[window.first : window.last].copy()  # the rest of the window's output can go
+                if heard:
+                    heard((window.last - window.first) * self.config.frame_seconds)
+
+    def _pack(self, feats: Sequence[tuple[Float32, int]]) -> tuple[Float32, NDArray[np.int32]]:
         """[B, n_filt, T] and lens; rows that only fill up a fixed batch have one silent frame."""
         shapes = self._backend.shapes
         # without masks, zeros beyond the end would be taken for sound: cut to the valid frames
@@ -243,13 +355,17 @@ class Transcriber:
 
 @dataclass(frozen=True)
 class _Ready:
-    """An utterance on its way through a batch: features, their valid frames, and where its result belongs."""
+    """An utterance on its way through a batch: features, their valid frames, and where its result belongs.
+
+    `offset` is how many seconds of silence were cut from its start.
+    """
 
     index: int
     name: str
-    feats: Float32
+    feats: Float32 | LongFeatures
     frames: int
     seconds: float
+    offset: float = 0.0
 
 
 def load(
@@ -264,23 +380,35 @@ def load(
     trim_silence: bool | None = None,
     pad_to: float | None = None,
     beam: BeamOptions | None = None,
+    greedy: bool = False,
+    words: bool = False,
+    chunk_seconds: float | None = None,
+    halo_seconds: float | None = None,
 ) -> Transcriber:
     """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt or .safetensors.
 
     `config` and `weights` (`ema` or `raw`) matter for checkpoints only; `threads` None lets the runtime choose.
     An .om always runs on the backend `acl`, on the NPU number `device` (0).
     `trim_silence` None does what the config says. `pad_to` (seconds) pads every utterance to that length, as the
-    Ascend guide does. `beam` decodes by beam search; None takes the best path.
+    Ascend guide does. A built-in model decodes by beam search with the language model that it ships, others take the
+    best path; `beam` or `greedy` say otherwise. `words`, `chunk_seconds` and `halo_seconds`: see Transcriber.
     Raises StorageError, ConfigError, ModelError or UsageError.
     """
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}: must be at least 1")
     if pad_to is not None and not 0 < pad_to < float("inf"):
         raise UsageError(f"pad_to {pad_to}: must be a number of seconds above 0")
+    if greedy and beam:
+        raise UsageError("greedy decoding takes no language model and no beam; leave one of them out")
+    for name, seconds in (("chunk_seconds", chunk_seconds), ("halo_seconds", halo_seconds)):
+        if seconds is not None and not 0 <= seconds < float("inf"):
+            raise UsageError(f"{name} {seconds}: must be a number of seconds")
     from jasper_asr.model.checkpoint import load_checkpoint
     from jasper_asr.model.export import graph_bytes, resolve_model
 
     path = resolve_model(model)
+    if beam is None and not greedy and str(model) in BUILTIN_LMS:
+        beam = BeamOptions(lm=str(model))
     lm = _load_lm(beam) if beam else None
     if path.suffix in (".onnx", ".om"):
         name = "acl" if path.suffix == ".om" else backend
@@ -291,7 +419,16 @@ def load(
         checkpoint = load_checkpoint(path, config=config, weights=weights)
         opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads, device=device)
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
-    return Transcriber(opened, batch_size=batch_size, trim_silence=trim_silence, pad_to=pad_to, decoder=decoder)
+    return Transcriber(
+        opened,
+        batch_size=batch_size,
+        trim_silence=trim_silence,
+        pad_to=pad_to,
+        decoder=decoder,
+        words=words,
+        chunk_seconds=chunk_seconds,
+        halo_seconds=halo_seconds,
+    )
 
 
 def _load_lm(options: BeamOptions) -> "NgramModel | None":

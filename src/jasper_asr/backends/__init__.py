@@ -65,6 +65,7 @@ class Backend(Protocol):
 BACKENDS = {
     "ort": "jasper_asr.backends.ort:OrtBackend",
     "acl": "jasper_asr.backends.acl:AclBackend",
+    "cann": "jasper_asr.backends.ort:cann_backend",
 }
 
 

@@ -21,6 +21,7 @@ All but the last line is required; further keys are kept as facts.
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,8 @@ class AclBackend:
 
     With `pipeline` batches run asynchronously in two slots, so that `run_many` copies and decodes one while the other
     is computed; without, synchronously. An instance never does both. Raises UsageError, StorageError or ModelError.
+
+    `last_split` holds the seconds of the last `run`: bringing inputs to the device, computing, fetching outputs.
     """
 
     def __init__(self, model: Path | bytes, *, device: int = 0, pipeline: bool = False) -> None:
@@ -143,6 +146,7 @@ class AclBackend:
         self._lock = threading.Lock()
         self._streaming = False
         self._in_flight = False
+        self.last_split: tuple[float, float, float] | None = None
         self._calls = _Calls(_import_acl(self._name), self._name)
         self._stack: ExitStack | None = None
         with ExitStack() as stack:
@@ -155,10 +159,15 @@ class AclBackend:
             if self._streaming:
                 raise UsageError(f"{self._name}: run_many is under way; use up or close its iterator first")
             slot = self._slots[0]
+            started = time.perf_counter()
             self._upload(slot, feats, lens)
+            uploaded = time.perf_counter()
             self._start(slot)
             self._wait()
-            return self._download(slot)
+            computed = time.perf_counter()
+            result = self._download(slot)
+            self.last_split = (uploaded - started, computed - uploaded, time.perf_counter() - computed)
+            return result
 
     def run_many(self, batches: Iterable[tuple[Float32, Int32]]) -> Iterator[tuple[Float32, Int32]]:
         """`run` for each batch, in order. In a pipeline the next batch is fetched and copied while one is computed.

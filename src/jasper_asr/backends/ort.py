@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU."""
+"""onnxruntime: on the CPU, or with its CANN provider on Huawei's NPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,22 @@ from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, StorageError
 from jasper_asr.model.export import embedded_config
 
+Provider = tuple[str, dict[str, int]]
+
+CPU: Provider = ("CPUExecutionProvider", {})
+
+
+def cann_backend(model: Path | bytes, *, device: int = 0) -> "OrtBackend":
+    """A model on the NPU number `device`, never silently on the CPU. Not yet run on a board. Raises ModelError."""
+    return OrtBackend(model, provider=("CANNExecutionProvider", {"device_id": device}))
+
 
 class OrtBackend:
     """An ONNX model that `jasper export` wrote (its metadata carry the config), run by onnxruntime."""
 
-    def __init__(self, model: Path | bytes, *, threads: int | None = None) -> None:
+    def __init__(self, model: Path | bytes, *, threads: int | None = None, provider: Provider = CPU) -> None:
         self._name = str(model) if isinstance(model, Path) else "<graph>"
-        self._session: Any = _open(model, self._name, threads)
+        self._session: Any = _open(model, self._name, threads, provider)
         self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.config = embedded_config(self.properties, self._name)
         self.shapes = self._read_shapes(self.properties, self.config)
@@ -65,7 +74,7 @@ class OrtBackend:
         return Shapes(fixed[0], fixed[1], properties.get("masked", "true") == "true")
 
 
-def _open(model: Path | bytes, name: str, threads: int | None) -> Any:
+def _open(model: Path | bytes, name: str, threads: int | None, provider: Provider) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -77,14 +86,27 @@ def _open(model: Path | bytes, name: str, threads: int | None) -> Any:
             raise StorageError(f"{name}: no such file; check the path")
         if model.stat().st_size == 0:
             raise ModelError(f"{name}: the file is empty; export it again")
+    if provider[0] not in onnxruntime.get_available_providers():
+        raise _fell_back(name, provider)
     try:
-        return onnxruntime.InferenceSession(
-            str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model, options, providers=[provider]
         )
     except Exception as error:  # see run
         raise ModelError(
             f"{name}: not a model that onnxruntime can load ({_one_line(error)}); export it again"
         ) from error
+    if session.get_providers()[0] != provider[0]:  # it lists what it was built with, not what the machine has
+        raise _fell_back(name, provider)
+    session.disable_fallback()  # else a failure in a run moves it to the CPU
+    return session
+
+
+def _fell_back(name: str, provider: Provider) -> ModelError:
+    return ModelError(
+        f"{name}: onnxruntime has no working {provider[0]} and would use the CPU; install onnxruntime-cann in place of "
+        "onnxruntime, and CANN, and source its set_env.sh"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -14,9 +14,12 @@ import click
 from jasper_asr._version import __version__
 from jasper_asr.cli.common import drop_unwritten, fail
 from jasper_asr.cli.corpora import download, prepare
+from jasper_asr.cli.live import listen
+from jasper_asr.cli.measure import benchmark
 from jasper_asr.cli.models import compile_model, export, info
-from jasper_asr.cli.speech import demo, evaluate, transcribe
+from jasper_asr.cli.speech import demo, evaluate
 from jasper_asr.cli.training import train
+from jasper_asr.cli.transcribing import transcribe
 from jasper_asr.errors import JasperError
 
 
@@ -60,5 +63,5 @@ def command() -> None:
     """Jasper speech models from checkpoint to deployment: transcribe, evaluate, export, train."""
 
 
-for subcommand in (transcribe, evaluate, export, compile_model, info, demo, train, download, prepare):
+for subcommand in (transcribe, listen, evaluate, benchmark, export, compile_model, info, demo, train, download, prepare):
     command.add_command(subcommand)

@@ -63,10 +63,21 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--threads", type=click.IntRange(1), help="Threads of the runtime; its own choice by default."
             ),
             click.option("--device", type=click.IntRange(0), help="Number of the NPU, for an .om."),
-            click.option("--lm", help="Beam search with this n-gram model: a file (our .lm, ARPA) or `mini`."),
+            click.option(
+                "--greedy",
+                is_flag=True,
+                help="Best path, in place of the beam search that a built-in model defaults to.",
+            ),
+            click.option("--lm", help="Beam search with this n-gram model: a file, `mini`, or `none`."),
             click.option("--beam-width", type=click.IntRange(1), help="Beam search with so many prefixes. [64]"),
             click.option("--lm-weight", type=float, help="How much the language model counts."),
             click.option("--word-bonus", type=float, help="Added for each word."),
+            click.option("--chunk-seconds", type=float, help="Longest piece of long audio in memory. [120]"),
+            click.option(
+                "--halo-seconds",
+                type=float,
+                help="Context on each side of a piece; less than half the receptive field is approximate.",
+            ),
             click.option(
                 "--trim-silence/--no-trim-silence",
                 default=None,
@@ -84,18 +95,22 @@ def load_model(options: dict[str, Any], *, pad_to: float | None = None) -> Any:
     options = dict(options)
     model, backend = options.pop("model"), options.pop("backend")
     options["config"] = given_config(options.get("config"))
-    return load(model, backend, pad_to=pad_to, beam=_beam(options), **options)
+    return load(model, backend, pad_to=pad_to, beam=_beam(model, options), **options)
 
 
-def _beam(options: dict[str, Any]) -> "BeamOptions | None":
+def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     """Takes the beam search's options out of `options`; None if none was given."""
-    from jasper_asr.transcribe import BeamOptions
+    from jasper_asr.transcribe import BUILTIN_LMS, BeamOptions
 
     names = {"lm": "lm", "beam_width": "width", "lm_weight": "lm_weight", "word_bonus": "word_bonus"}
     popped = {new: options.pop(old, None) for old, new in names.items()}
     given = {name: value for name, value in popped.items() if value is not None}
     if not given:
         return None
+    if "lm" not in given and model in BUILTIN_LMS:
+        given["lm"] = model
+    if given.get("lm") == "none":
+        del given["lm"]
     if "lm" not in given and given.keys() & {"lm_weight", "word_bonus"}:
         raise UsageError("--lm-weight and --word-bonus need --lm")
     return BeamOptions(**given)

@@ -1,13 +1,18 @@
 """`jasper export`, `compile` and `info`: what handles a model as a file."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from jasper_asr.cli.common import Variadic, check_writable, given_config, note
-from jasper_asr.errors import UsageError
+from jasper_asr.cli.common import Variadic, check_writable, given_config, note, read_manifests
+from jasper_asr.errors import ManifestError, UsageError
+
+if TYPE_CHECKING:
+    from jasper_asr.deploy.buckets import Padding
 
 OPSETS = (11, 21)
 """What model/graph.py writes; stated again because importing that takes longer than a wrong number deserves."""
@@ -67,29 +72,91 @@ def export(
 @click.option("--precision", help="A value of atc's --precision_mode_v2 or --precision_mode.")
 @click.option("--keep-fp32", multiple=True, help="Nodes, ONNX ops or Ascend op types to keep in float32.")
 @click.option("--gears", help="Sizes of an open dimension: 1,4,8,16 (batch) or 1024,2048,4000 (frames).")
+@click.option(
+    "--buckets",
+    help="Gears in time, by the durations in --manifest: auto, how many (2 to 100), or their frames 1024,2048,4000.",
+)
+@click.option("--manifest", "manifests", multiple=True, type=click.Path(path_type=Path), help="For --buckets.")
+@click.option("--batch-size", type=click.IntRange(1), help="Fix the batch of a model that leaves it open.")
 @click.option("--atc", type=click.Path(path_type=Path), help="The compiler (default: on PATH or ASCEND_TOOLKIT_HOME).")
 @click.option("--timeout", type=float, default=3600.0, show_default=True, help="Seconds.")
 @click.option("--dry-run", is_flag=True, help="Print the atc command and stop.")
-def compile_model(model: Path, target: str, gears: str | None, dry_run: bool, **options: Any) -> None:
+def compile_model(
+    model: Path,
+    target: str,
+    gears: str | None,
+    buckets: str | None,
+    manifests: tuple[Path, ...],
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Compile an .onnx of `jasper export --target ascend` to an .om for Ascend NPUs, by atc.
 
     Contract-tested against a double of atc, not yet run with the real one.
     """
     from jasper_asr.deploy import ascend
 
-    parsed = ascend.parse_gears(gears) if gears else None
+    if buckets is not None and gears is not None:
+        raise UsageError("--buckets and --gears exclude each other")
+    if manifests and buckets is None:
+        raise UsageError("--manifest is for --buckets")
+    ascend.check_soc(options["soc"])
+    parsed: Sequence[ascend.Gear] | None = ascend.parse_gears(gears) if gears else None
+    if buckets is not None:
+        parsed = _bucket_lengths(model, buckets, manifests, options["batch_size"])
     report = ascend.compile_om(
         model, gears=parsed, dry_run=dry_run, progress=lambda line: click.echo(line, err=True), **options
     )
     click.echo(report.shell if dry_run else str(report.om))
 
 
+def _bucket_lengths(model: Path, buckets: str, manifests: tuple[Path, ...], batch_size: int | None) -> Sequence[int]:
+    from jasper_asr.deploy import ascend
+
+    wanted = ascend.parse_buckets(buckets)
+    if not manifests:
+        if isinstance(wanted, list):
+            return wanted
+        raise UsageError(f"--buckets {buckets} needs --manifest: the durations to choose the lengths for")
+    padding = ascend.plan_buckets(model, _durations(manifests), wanted, batch_size=batch_size)
+    note(f"padding: {_padding_line(padding)}")
+    return padding.lengths
+
+
+def _durations(manifests: tuple[Path, ...]) -> list[float]:
+    """Seconds of each utterance; where the audio lies does not matter."""
+    rows = read_manifests(manifests, None, True)
+    missing = next((row for row in rows if row.duration is None), None)
+    if missing:
+        raise ManifestError(f"{missing.source}: key duration is missing; add it")
+    return [row.duration for row in rows if row.duration is not None]
+
+
+def _padding_line(padding: "Padding") -> str:
+    lengths = ", ".join(map(str, padding.lengths))
+    with_them = "with the model's gears" if padding.own else "with lengths"
+    line = (
+        f"{padding.before:.1%} of the computed frames with {padding.utterances:,} utterances at {padding.length}, "
+        f"{padding.after:.1%} {with_them} {lengths}"
+    )
+    if padding.longer:
+        line += f"; {padding.longer:,} utterances are longer and go through the network in windows"
+    return line
+
+
 @click.command()
 @click.argument("model", default="mini")
 @click.option("--config", type=click.Path(path_type=Path), help="Model YAML, for a .pt that carries none.")
 @click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True)
+@click.option(
+    "--manifest",
+    "manifests",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Also say how much of the work on these utterances is padding, and with which lengths how much would be.",
+)
 @click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def info(model: str, config: Path | None, weights: str, layout: str) -> None:
+def info(model: str, config: Path | None, weights: str, manifests: tuple[Path, ...], layout: str) -> None:
     """What a model is: parameters, stride, receptive field, shapes, labels, provenance."""
     if Path(model).suffix == ".om":
         from jasper_asr.backends.acl import describe_om
@@ -99,12 +166,23 @@ def info(model: str, config: Path | None, weights: str, layout: str) -> None:
         from jasper_asr.model.export import describe
 
         facts = describe(model, config=given_config(config), weights=weights)
+    padding = _model_padding(facts, manifests)
     if layout == "json":
+        if padding:
+            facts["padding"] = asdict(padding)
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
         return
     width = max(map(len, facts))
     for key, value in facts.items():
         click.echo(f"{key:<{width}}  {_readable(value)}")
+    if padding:
+        click.echo(f"{'padding':<{width}}  {_padding_line(padding)}")
+
+
+def _model_padding(facts: dict[str, Any], manifests: tuple[Path, ...]) -> "Padding | None":
+    from jasper_asr.deploy.buckets import model_padding
+
+    return model_padding(_durations(manifests), facts) if manifests else None
 
 
 def _readable(value: object) -> str:

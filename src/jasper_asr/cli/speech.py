@@ -1,4 +1,4 @@
-"""`jasper transcribe`, `evaluate` and `demo`: what runs a model on speech."""
+"""`jasper evaluate` and `demo`: what scores a model on speech."""
 
 import json
 import math
@@ -15,38 +15,6 @@ if TYPE_CHECKING:
 
 GATE_FAILED = 7
 MINI = Path(__file__).parents[1] / "models" / "mini"
-
-
-@click.command()
-@click.argument("audio", nargs=-1, required=True, type=click.Path(path_type=Path))
-@model_options
-@click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def transcribe(audio: tuple[Path, ...], layout: str, **options: Any) -> int:
-    """Transcribe audio files.
-
-    Prints the text; with several files a line `path<TAB>text` each; with --format json an object a line.
-    """
-    from jasper_asr.transcribe import Failure
-
-    failures: list[JasperError] = []
-    with load_model(options) as transcriber, progress("transcribing", len(audio), "files") as advance:
-        results = transcriber.transcribe_many(audio, progress=lambda _seconds: advance(1))
-        for path, result in zip(audio, results, strict=True):
-            if isinstance(result, Failure):
-                failures.append(result.error)
-                complain(str(result.error))
-            elif layout == "json":
-                row = {
-                    "audio_filepath": str(path),
-                    "duration": round(result.duration, 3),
-                    "pred_text": result.text,
-                }
-                click.echo(json.dumps(row, ensure_ascii=False))
-            else:
-                click.echo(f"{path}\t{result.text}" if len(audio) > 1 else result.text)
-    if len(audio) > 1:
-        return 1 if failures else 0
-    return failures[0].exit_code if failures else 0
 
 
 @click.command()
@@ -141,12 +109,12 @@ def demo(batch_size: int) -> int:
         onnx = Path(folder) / "mini.onnx"
         summary = export_onnx("mini", onnx)
         click.echo(f"1. Graph     {summary}")
-        options = {"model": str(onnx), "backend": "ort", "batch_size": batch_size}
+        options = {"model": str(onnx), "backend": "ort", "batch_size": batch_size, "greedy": True}
         rows = read_manifest(MINI / "clips" / "manifest.jsonl")
         click.echo(f"2. Clips     {len(rows)}, transcribed from that graph, best path:\n")
         with load_model(options) as transcriber, progress("transcribing", len(rows), "clips") as advance:
             report = run_evaluation(transcriber, rows, progress=lambda _seconds: advance(1))
-        with load_model(options | {"lm": "mini"}) as transcriber:
+        with load_model(options | {"lm": "mini", "greedy": False}) as transcriber:
             searched = run_evaluation(transcriber, rows)
     for row, item in zip(rows, report.items, strict=True):
         score = f"WER {item.wer:.0f} %" if item.wer is not None else "failed"

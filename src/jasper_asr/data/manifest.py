@@ -47,12 +47,14 @@ def read_manifest(
     audio_root: str | os.PathLike[str] | None = None,
     allow_outside_root: bool = False,
     speed: float | None = 1.0,
+    labelled: bool = True,
 ) -> list[Utterance]:
     """The utterances of an NVIDIA or a NeMo manifest, in its order; the audio itself is not touched.
 
     Audio paths are relative to `audio_root`, by default the manifest's folder, and must stay inside it, with
     and without following symbolic links, unless `allow_outside_root`. Of the `files` of an NVIDIA row those
     at `speed` are kept (one without a speed is at 1.0), or all, an utterance each, if `speed` is None.
+    Every row needs a text and a duration; with `labelled` False, for transcription, it may lack both.
 
     Raises:
         ManifestError: a row is wrong, named by file, line and key with the count of further bad rows; or the
@@ -70,9 +72,9 @@ def read_manifest(
             fields = _fields(row)
             source = f"{path}:{line}"
             if is_array:
-                utterances.extend(_nvidia_utterances(fields, resolve, speed, source))
+                utterances.extend(_nvidia_utterances(fields, resolve, speed, source, labelled))
             else:
-                utterances.append(_nemo_utterance(fields, resolve, source))
+                utterances.append(_nemo_utterance(fields, resolve, source, labelled))
         except _BadRowError as error:
             bad.append(f"{path}:{line}: {error}")
     if bad:
@@ -216,26 +218,30 @@ def _not_json(error: Exception) -> _BadRowError:
     return _BadRowError("is not JSON: a number too long or brackets too deep; mend or remove the row")
 
 
-def _nemo_utterance(row: _Row, resolve: _Resolve, source: str) -> Utterance:
+def _nemo_utterance(row: _Row, resolve: _Resolve, source: str, labelled: bool) -> Utterance:
     audio_filepath = _string(row, "audio_filepath")
     return Utterance(
         audio_path=resolve("audio_filepath", audio_filepath),
         audio_filepath=audio_filepath,
-        text=_string(row, "text"),
-        duration=_seconds(row, "duration"),
+        text=_string(row, "text") if labelled or _has(row, "text") else None,
+        duration=_seconds(row, "duration") if labelled or _has(row, "duration") else None,
         offset=_offset(row),
         speaker=_speaker(row),
         source=source,
     )
 
 
-def _nvidia_utterances(row: _Row, resolve: _Resolve, speed: float | None, source: str) -> Iterator[Utterance]:
+def _nvidia_utterances(
+    row: _Row, resolve: _Resolve, speed: float | None, source: str, labelled: bool
+) -> Iterator[Utterance]:
     files = _required(row, "files")
     if not isinstance(files, list):
         raise _BadRowError(f"key 'files' is {_type(files)}, not an array; list the row's audio files there")
     if not files:
         raise _BadRowError("key 'files' is empty; list the row's audio files there")
-    text, offset, speaker = _nvidia_text(row, resolve), _offset(row), _speaker(row)
+    has_text = labelled or _has(row, "transcript") or _has(row, "text_filepath")
+    text = _nvidia_text(row, resolve) if has_text else None
+    offset, speaker = _offset(row), _speaker(row)
     speeds = []
     for index, entry in enumerate(files):
         prefix = f"files[{index}]."
@@ -249,7 +255,7 @@ def _nvidia_utterances(row: _Row, resolve: _Resolve, speed: float | None, source
             audio_path=resolve(f"{prefix}fname", fname),
             audio_filepath=fname,
             text=text,
-            duration=_nvidia_duration(row, entry, prefix, speeds[-1]),
+            duration=_nvidia_duration(row, entry, prefix, speeds[-1], labelled),
             offset=offset,
             speaker=speaker,
             source=source,
@@ -271,9 +277,11 @@ def _nvidia_text(row: _Row, resolve: _Resolve) -> str:
     return _string(row, "transcript")
 
 
-def _nvidia_duration(row: _Row, entry: _Row, prefix: str, speed: float) -> float:
+def _nvidia_duration(row: _Row, entry: _Row, prefix: str, speed: float, labelled: bool) -> float | None:
     if "duration" not in entry and "original_duration" in row:
         return _seconds(row, "original_duration") / speed
+    if not labelled and not _has(entry, "duration"):
+        return None
     return _seconds(entry, "duration", prefix)
 
 
@@ -283,6 +291,10 @@ def _fields(row: object) -> _Row:
     if not isinstance(row, dict):
         raise _BadRowError(f'the row is {_type(row)}, not an object; write it as {{"key": value, ...}}')
     return row
+
+
+def _has(row: _Row, key: str) -> bool:
+    return row.get(key) is not None
 
 
 def _required(row: _Row, key: str, prefix: str = "") -> object:

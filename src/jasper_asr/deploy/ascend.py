@@ -17,11 +17,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_asr.config import ModelConfig
+from jasper_asr.config import ModelConfig, parse_config
+from jasper_asr.deploy import buckets
 from jasper_asr.errors import CompileError, ModelError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ MIN_OPSET, MAX_OPSET = 11, 13
 
 MAX_FRAMES = 4000
 """Default longest input: 40 s, as in the Ascend guide."""
+
+MAX_GEARS = 100
+"""What atc takes; it takes no fewer than 2."""
 
 Gear = int | tuple[int, int]
 """A size that an .om with gears takes: a batch size, or a number of frames, or (batch size, frames)."""
@@ -142,6 +146,7 @@ def compile_om(
     precision: str | None = None,
     keep_fp32: Sequence[str] = (),
     gears: Sequence[Gear] | None = None,
+    batch_size: int | None = None,
     atc: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     timeout: float = 3600.0,
@@ -150,15 +155,16 @@ def compile_om(
     """Compile an ONNX model to `out` (default: .om beside it) and write the .json sidecar of the same stem.
 
     `gears`: batch sizes where only the batch is open, frames where only the frames are, (batch size, frames) where both
-    are. `keep_fp32`: names of nodes, of ONNX ops, or of Ascend's op types. `atc`: the program (default: on PATH, else
-    under ASCEND_TOOLKIT_HOME). `progress` gets each line that atc prints; `timeout` is in seconds. A dry run looks for
-    no atc and writes nothing. What stood at `out` stays until there is something better.
+    are. `batch_size` fixes a batch that the model leaves open. `keep_fp32`: names of nodes, of ONNX ops, or of Ascend's
+    op types. `atc`: the program (default: on PATH, else under ASCEND_TOOLKIT_HOME). `progress` gets each line that atc
+    prints; `timeout` is in seconds. A dry run looks for no atc and writes nothing. What stood at `out` stays until
+    there is something better.
 
     Raises UsageError for options, StorageError, ModelError for a model that atc cannot take, CompileError when atc is
     missing, fails, or does not deliver.
     """
     started = time.perf_counter()
-    job = _plan(Path(onnx_path), soc, out, precision, keep_fp32, gears)
+    job = _plan(Path(onnx_path), soc, out, precision, keep_fp32, gears, batch_size)
     if dry_run:
         return job.report(None, None, 0.0)
     program = _find_atc(atc)
@@ -213,6 +219,54 @@ def parse_gears(text: str) -> list[Gear]:
         first, second = match.groups()
         gears.append((int(first), int(second)) if second else int(first))
     return gears
+
+
+def parse_buckets(text: str) -> int | list[int] | None:
+    """`auto` -> None, `6` -> how many lengths, `1024,2048,4000` -> the lengths in frames. Raises UsageError."""
+    if text.strip() == "auto":
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,9}", part, re.ASCII) for part in parts):
+        raise UsageError(f"buckets {text!r}: give auto, how many lengths, or lengths in frames such as 1024,2048,4000")
+    numbers = [int(part) for part in parts]
+    if len(numbers) > 1:
+        return numbers
+    if not 2 <= numbers[0] <= MAX_GEARS:
+        raise UsageError(f"buckets {text!r}: atc takes 2 to {MAX_GEARS} lengths; frames are given as 1024,2048,4000")
+    return numbers[0]
+
+
+def plan_buckets(
+    onnx_path: str | os.PathLike[str],
+    durations: Sequence[float],
+    wanted: int | list[int] | None = None,
+    *,
+    batch_size: int | None = None,
+) -> "buckets.Padding":
+    """Lengths to compile a model with open frames for, and what padding costs with them: `lengths` go to `compile_om`.
+
+    `durations` are seconds of audio; `wanted` as `parse_buckets` gives it: None chooses the fewest lengths that
+    `choose_auto` is content with. The padding before is that to the longest input of the model. Utterances beyond it do
+    not count. Raises UsageError, StorageError or ModelError.
+    """
+    path = Path(onnx_path)
+    model = _with_batch(path, _read_model(path), batch_size)
+    batch, _, frames = model.shapes["feats"]
+    if frames > 0 or batch < 0:
+        cure = "--frames, with --max-frames" if frames > 0 else "--batch-size here"
+        what = f"fixed to {frames} frames; export it without" if frames > 0 else "open in its batch; buckets need"
+        raise UsageError(f"{path}: is {what} {cure}")
+    longest = model.max_frames or MAX_FRAMES
+    counts = buckets.frame_counts(durations, parse_config(model.config, str(path)).features)
+    if isinstance(wanted, list):
+        lengths = wanted
+    elif wanted is None:
+        lengths = buckets.choose_auto(counts, max_frames=longest)
+    else:
+        lengths = buckets.choose_buckets(counts, max_buckets=wanted, max_frames=longest)
+    if len(lengths) == 1:  # a gear needs a second one
+        lengths = [*lengths, longest]
+    return buckets.measure_padding(counts, lengths, length=longest)
 
 
 # the model
@@ -414,18 +468,31 @@ def _plan(
     precision: str | None,
     keep_fp32: Sequence[str],
     gears: Sequence[Gear] | None,
+    batch_size: int | None,
 ) -> _Job:
     check_soc(soc)
     out = source.with_suffix(".om") if out is None else Path(out)
     if out.suffix != ".om":
         raise UsageError(f"{out}: the output must end in .om")
     options = _precision_options(precision, keep_fp32)
-    model = _read_model(source)
+    model = _with_batch(source, _read_model(source), batch_size)
     limit = 13 if soc == "Ascend310" else 18
     if model.opset > limit:
         raise ModelError(f"{source}: opset {model.opset}, {soc} takes up to {limit}; export it with --opset 11")
     keep = tuple(_keep_line(model, item) for item in keep_fp32)
     return _Job(source, model, out, soc, options, keep, _checked_gears(source, model, gears))
+
+
+def _with_batch(source: Path, model: _Model, batch_size: int | None) -> _Model:
+    """`model` with its open batch fixed to `batch_size`; None leaves it as it is."""
+    batch = model.shapes["feats"][0]
+    if batch_size is None or batch_size == batch:
+        return model
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size}: must be at least 1")
+    if batch > 0:
+        raise UsageError(f"{source}: was exported for batches of {batch}; export it for {batch_size} or for any")
+    return replace(model, shapes={name: [batch_size, *shape[1:]] for name, shape in model.shapes.items()})
 
 
 def _precision_options(precision: str | None, keep_fp32: Sequence[str]) -> tuple[str, ...]:
@@ -470,8 +537,10 @@ def _checked_gears(source: Path, model: _Model, gears: Sequence[Gear] | None) ->
     rows = sorted(set(gears), key=lambda gear: gear if isinstance(gear, tuple) else (gear, 0))
     if not all(isinstance(gear, wanted) for gear in rows):
         raise UsageError(f"{source}: feats is {model.shapes['feats']}; each gear must be {kind}")
-    if len(rows) != len(gears) or not 2 <= len(rows) <= 100:
-        raise UsageError(f"{source}: {len(gears)} gears, {len(rows)} of them different; give 2 to 100 different ones")
+    if len(rows) != len(gears) or not 2 <= len(rows) <= MAX_GEARS:
+        raise UsageError(
+            f"{source}: {len(gears)} gears, {len(rows)} of them different; give 2 to {MAX_GEARS} different ones"
+        )
     pairs = [gear if isinstance(gear, tuple) else (gear, frames) if batch < 0 else (batch, gear) for gear in rows]
     if min(min(pair) for pair in pairs) < 1:
         raise UsageError(f"{source}: a gear must be at least 1")

@@ -1,6 +1,8 @@
 """Lengths to compile for: where a network takes only fixed sizes, few well chosen ones save most of the padding."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -8,17 +10,62 @@ from numpy.typing import ArrayLike, NDArray
 from jasper_asr.config import FeatureConfig
 from jasper_asr.errors import UsageError
 
+TARGET_WASTE = 0.15
+"""Share of padding below which `choose_auto` is content."""
+
+FEWEST, MOST = 2, 8
+"""How many lengths `choose_auto` takes. atc takes 2 to 100 gears; each makes the model bigger and its compiling longer.
+Published durations of LibriSpeech dev-clean need eight of them to come below TARGET_WASTE: see docs/ascend.md."""
+
+GUIDE_SECONDS = 40.0
+"""What the Ascend guide pads every utterance to."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What padding costs on a corpus: `before` and `after` are shares of the computed frames, 0 to 1.
+
+    Before, every utterance is padded to `length` frames; after, to the smallest of `lengths` that holds it. Only the
+    `utterances` that fit into both count; `longer` ones do not: they go through the network in windows.
+    """
+
+    utterances: int
+    longer: int
+    length: int
+    before: float
+    lengths: tuple[int, ...]
+    after: float
+    own: bool = False
+    """The model has these lengths; else they are what it could have."""
+
 
 def frame_counts(durations: ArrayLike, features: FeatureConfig) -> NDArray[np.int64]:
     """Seconds of audio [N] -> feature frames int64 [N]: ceil(samples / hop), at least 1.
 
     Raises UsageError for a duration that is not a number above 0.
     """
-    seconds = np.asarray(durations, np.float64)
-    if not (np.isfinite(seconds) & (seconds > 0)).all():
-        raise UsageError("durations must be numbers of seconds above 0")
-    samples = np.rint(seconds * features.sample_rate).astype(np.int64)
-    return np.maximum(-(-samples // features.hop_length), 1)
+    return _frame_counts(durations, features.sample_rate, features.hop_length)
+
+
+def model_padding(durations: ArrayLike, facts: Mapping[str, Any]) -> Padding:
+    """What padding utterances of these `durations` (seconds [N]) costs a model.
+
+    `facts` are those that `describe` and `describe_om` give. Before is the model's fixed number of frames, else 40 s or
+    the longest input where that is longer. After is with the model's own lengths; for a model that has but one, or
+    takes any, with those that `choose_auto` would take. Raises UsageError when no utterance fits.
+    """
+    rate, stride = facts["features"]["sample_rate"], facts["features"]["window_stride"]
+    hop = int(rate * stride)
+    frames = _frame_counts(durations, rate, hop)
+    size, gears = facts["inputs"]["feats"][2], sorted({gear[1] for gear in facts.get("gears", ())})
+    before = int(_frame_counts([GUIDE_SECONDS], rate, hop)[0])
+    if isinstance(size, int):
+        before = size if len(gears) < 2 else max(size, before)
+    else:
+        before = int(facts.get("max_frames", before))
+    if len(gears) > 1:
+        return replace(measure_padding(frames, gears, length=before), own=True)
+    return measure_padding(frames, choose_auto(frames, max_frames=before), length=before)
 
 
 def choose_buckets(frames: ArrayLike, *, max_buckets: int, align: int = 16, max_frames: int) -> list[int]:
@@ -52,6 +99,37 @@ def choose_buckets(frames: ArrayLike, *, max_buckets: int, align: int = 16, max_
     return _trace(splits, sizes)
 
 
+def choose_auto(frames: ArrayLike, *, max_frames: int) -> list[int]:
+    """The fewest lengths, from two on, that bring the padding below TARGET_WASTE; eight if none of these does.
+
+    Raises UsageError as `choose_buckets`, which also says what counts.
+    """
+    lengths = _checked(frames)
+    counted = lengths[lengths <= max_frames]
+    chosen: list[int] = []
+    for count in range(FEWEST, MOST + 1):
+        chosen = choose_buckets(counted, max_buckets=count, max_frames=max_frames)
+        if padding_waste(counted, chosen) < TARGET_WASTE:
+            break
+    return chosen
+
+
+def measure_padding(frames: ArrayLike, lengths: Sequence[int], *, length: int) -> Padding:
+    """What padding `frames` [N] costs to `length`, and to the smallest of `lengths`. Raises UsageError if none fits."""
+    values = _checked(frames)
+    fitting = values[values <= min(length, max(lengths, default=0))]
+    if not fitting.size:
+        raise UsageError(f"no utterance has {min(length, max(lengths, default=0))} frames or fewer; nothing to measure")
+    return Padding(
+        utterances=len(fitting),
+        longer=len(values) - len(fitting),
+        length=length,
+        before=padding_waste(fitting, [length]),
+        lengths=tuple(sorted(set(lengths))),
+        after=padding_waste(fitting, lengths),
+    )
+
+
 def assign(frames: ArrayLike, buckets: Sequence[int]) -> NDArray[np.int64]:
     """The smallest bucket that holds each utterance: int64 [N]. Raises UsageError when one fits none."""
     lengths = _checked(frames)
@@ -69,6 +147,14 @@ def padding_waste(frames: ArrayLike, buckets: Sequence[int]) -> float:
     if not lengths.size:
         raise UsageError("no utterances; waste needs at least one")
     return 1.0 - float(lengths.sum()) / float(assign(lengths, buckets).sum())
+
+
+def _frame_counts(durations: ArrayLike, sample_rate: int, hop_length: int) -> NDArray[np.int64]:
+    seconds = np.asarray(durations, np.float64)
+    if not (np.isfinite(seconds) & (seconds > 0)).all():
+        raise UsageError("durations must be numbers of seconds above 0")
+    samples = np.rint(seconds * sample_rate).astype(np.int64)
+    return np.maximum(-(-samples // hop_length), 1)
 
 
 def _checked(frames: ArrayLike) -> NDArray[np.int64]:

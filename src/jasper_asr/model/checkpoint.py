@@ -1,4 +1,4 @@
-"""Checkpoints: NVIDIA's .pt (old and new names, EMA or raw weights) and our .safetensors -> config + numpy weights.
+"""Checkpoints -> config + numpy weights: NVIDIA's .pt (old and new names, EMA or raw), NeMo's .nemo, our .safetensors.
 
 Weights carry NVIDIA's v2 names everywhere. Reading is strict: every missing, unexpected, misshapen or non-finite
 tensor is listed. Pickles are only ever read with `weights_only=True`, which runs no code from the file.
@@ -9,16 +9,17 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.config import ModelConfig, builtin_config, builtin_configs, load_config, parse_config
 from jasper_asr.errors import ConfigError, ModelError, StorageError, UsageError
+from jasper_asr.model import nemo
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -36,7 +37,7 @@ class Checkpoint:
     weights: Weights
     sha256: str
     kind: str
-    """`ema` or `raw` for .pt, `safetensors` else."""
+    """`ema` or `raw` for .pt, `nemo` or `safetensors` else."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 def load_checkpoint(
     path: str | os.PathLike[str], *, config: ModelConfig | None = None, weights: str = "ema"
 ) -> Checkpoint:
-    """Read `path` (.pt or .safetensors). `weights` is `ema` or `raw` and matters for .pt only.
+    """Read `path` (.pt, .nemo or .safetensors). `weights` is `ema` or `raw` and matters for .pt only.
 
     Without `config`: the one inside the file, else the .yaml of the same stem or `config.yaml` beside it, else the
     built-in config whose weights have just these names and shapes.
@@ -157,6 +158,9 @@ def load_checkpoint(
     if path.suffix == ".safetensors":
         found, embedded = _read_safetensors(path)
         kind = "safetensors"
+    elif path.suffix == ".nemo":
+        found, embedded = _read_nemo(path, config)
+        kind = "nemo"
     else:
         found, embedded = _read_pt(path, weights)
         kind = weights
@@ -239,24 +243,42 @@ def _read_pt(path: Path, kind: str) -> tuple[Weights, ModelConfig | None]:
         others = [name for name in STATE_DICTS.values() if isinstance(saved.get(name), Mapping)]
         cure = "use --weights raw" if others == ["state_dict"] else "use --weights ema" if others else "is it a model?"
         raise ModelError(f"{path}: holds no {key} (keys: {', '.join(map(str, list(saved)[:8]))}); {cure}")
+    return _as_weights(path, _renamed(state)), _embedded_config(path, saved.get("config"))
+
+
+def _read_nemo(path: Path, config: ModelConfig | None) -> tuple[Weights, ModelConfig | None]:
+    text, file = nemo.read_archive(path)
+    config = config or nemo.model_config(text, path)
+    state = _torch_load(path, file)
+    if not isinstance(state, Mapping):
+        raise ModelError(f"{path}: {nemo.WEIGHTS} holds a {type(state).__name__}, not tensors by name")
+    family = config.family
+    renamed = ((nemo.v2_name(str(name), family), value) for name, value in state.items())
+    kept = ((name, value) for name, value in renamed if name and not name.endswith("num_batches_tracked"))
+    return _as_weights(path, kept), config
+
+
+def _as_weights(path: Path, named: Iterable[tuple[str, Any]]) -> Weights:
     weights: Weights = {}
-    for name, value in _renamed(state):
+    for name, value in named:
         if name in weights:
             raise ModelError(f"{path}: holds {name} under two names; keep one")
         weights[name] = _to_numpy(path, name, value)
-    return weights, _embedded_config(path, saved.get("config"))
+    return weights
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(path: Path, opened: BinaryIO | None = None) -> Any:
+    """What torch saved in `path`, or in `opened`, a part of it."""
     try:
         import torch
     except ImportError as error:
-        raise ModelError(f"{path}: reading .pt needs PyTorch; pip install 'jasper-asr[torch]'") from error
+        raise ModelError(f"{path}: reading {path.suffix} needs PyTorch; pip install 'jasper-asr[torch]'") from error
     with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"  # only this layout can be mapped: the optimiser's state stays on disk
+        # only this layout can be mapped: the optimiser's state stays on disk
+        zipped = opened is None and file.read(4) == b"PK\x03\x04"
     try:
         with warnings.catch_warnings(action="ignore"):  # on old layouts, which it reads all the same
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(opened or path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises whatever its unpickler meets
         if "Weights only load failed" in str(error) or "weights_only" in str(error):
             cause = "it holds Python objects other than tensors, which could run code"

@@ -24,8 +24,8 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         raise StorageError(f"{path}: is a folder; give the model file in it")
     if not path.exists():
         raise StorageError(f"{path}: no such model; give a file, or a built-in name ({', '.join(BUILTIN_MODELS)})")
-    if path.suffix not in (".onnx", ".om", ".pt", ".pth", ".safetensors"):
-        raise ModelError(f"{path}: unknown kind of model; give .onnx, .om, .pt or .safetensors")
+    if path.suffix not in (".onnx", ".om", ".pt", ".pth", ".nemo", ".safetensors"):
+        raise ModelError(f"{path}: unknown kind of model; give .onnx, .om, .pt, .nemo or .safetensors")
     return path
 
 
