@@ -147,16 +147,17 @@ def test_2703_utterances_in_batches_of_16(folder, texts, tmp_path, compiled, wat
     assert max(watch.alive) <= 1  # log-probs go once they are decoded
 
 
-def test_the_guides_static_model(folder, texts, tmp_path, compiled, watch):
-    """The same in small: 47 utterances are two batches and one with 15 rows, all of 4000 frames."""
-    om = compiled(batch_size=16, frames=4000)
+@pytest.mark.parametrize(("batch_size", "real"), [(16, [16, 16, 15]), (1, [1] * 47)])
+def test_the_guides_static_model(folder, texts, tmp_path, compiled, watch, batch_size, real):
+    """The same in small: all of 4000 frames; the batch is that of the model, whatever was asked for."""
+    om = compiled(batch_size=batch_size, frames=4000)
     names = many(47, at=20)
     path = manifest(folder, texts, names, forty=40.0)
     code, out, _, executed = evaluate(path, om, tmp_path / "f", "--batch-size", 16, *GUIDE)
     assert (code, out) == (0, "eval_wer: 0.00\n")
     assert (tmp_path / "f").read_text().splitlines() == [texts[name] for name in names]
-    assert (executed, watch.real) == (3, [16, 16, 15])
-    assert set(watch.shapes) == {(16, 64, 4000)}
+    assert (executed, watch.real) == (len(real), real)
+    assert set(watch.shapes) == {(batch_size, 64, 4000)}
     assert max(watch.alive) <= 1
 
 

@@ -59,8 +59,8 @@ def audio_missing(folder, model):
     return ("transcribe", folder / "x.wav", "--model", model)
 
 
-@case(STORAGE, "FOLDER/x.wav: is a directory; name a sound file in it")
-def audio_is_a_folder(folder, model):
+@case(DATA, "FOLDER/x.wav: holds no sound files; name another, or give --recursive to look into its folders")
+def audio_is_an_empty_folder(folder, model):
     (folder / "x.wav").mkdir()
     return ("transcribe", folder / "x.wav", "--model", model)
 
@@ -626,7 +626,7 @@ def backend_unknown(folder, model):
     return ("transcribe", folder / "a.wav", "--model", model, "--backend", "tpu")
 
 
-@case(USAGE, "Invalid value for '--format': 'xml' is not one of 'text', 'json'. (see jasper transcribe --help)")
+@case(USAGE, "Invalid value for '--format' / '-f': 'xml' is not one of 'txt', …'tsv'. (see jasper transcribe --help)")
 def format_unknown(folder, model):
     return ("transcribe", folder / "a.wav", "--model", model, "--format", "xml")
 

@@ -107,60 +107,17 @@ def test_the_installed_command(folder):
     assert (done.returncode, done.stdout) == (0, f"jasper, version {jasper_asr.__version__}\n")
 
 
-# --- transcribe ---------------------------------------------------------------------
-
-
-def test_one_file_prints_its_text_alone(folder, model, texts):
-    assert run("transcribe", folder / "b.wav", *model) == (0, f"{texts[1]}\n", "")
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_several_files_print_their_paths(folder, model, texts, batch_size):
-    paths = [folder / name for name in ("c.wav", "a.wav", "b.wav", "a.wav")]
-    expected = [texts[2], texts[0], texts[1], texts[0]]
-    assert run("transcribe", *paths, *model, "--batch-size", batch_size) == (
-        0,
-        "".join(f"{path}\t{text}\n" for path, text in zip(paths, expected, strict=True)),
-        "",
-    )
-
-
-def test_json_lines(folder, model, texts):
-    paths = [folder / "a.wav", folder / "c.wav"]
-    code, out, err = run("transcribe", "--format", "json", *paths, *model)
-    assert (code, err) == (0, "")
-    assert [json.loads(line) for line in out.splitlines()] == [
-        {"audio_filepath": str(paths[0]), "duration": 1.0, "pred_text": texts[0]},
-        {"audio_filepath": str(paths[1]), "duration": 2.0, "pred_text": texts[2]},
-    ]
-    code, out, _ = run("transcribe", "--format", "json", paths[0], *model)
-    assert list(json.loads(out)) == ["audio_filepath", "duration", "pred_text"]
+# --- transcribe: the options of the model; the rest is in test_transcribe_cli.py --------------------
 
 
 def test_the_duration_is_that_of_the_file_before_silence_is_cut(folder, model, tmp_path):
     write_wav(tmp_path / "quiet.wav", np.concatenate([np.zeros(16_000, np.float32), sound(1.0)]))
     outputs = [
-        run("transcribe", tmp_path / "quiet.wav", *model, "--format", "json", *option)[1]
+        run("transcribe", tmp_path / "quiet.wav", *model, "--format", "jsonl", *option)[1]
         for option in ([], ["--trim-silence"], ["--no-trim-silence"])
     ]
     assert [json.loads(out)["duration"] for out in outputs] == [2.0] * 3
     assert outputs[0] == outputs[1] != outputs[2]
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_failed_file_is_listed_and_stops_no_other(folder, model, texts, batch_size):
-    paths = [folder / "a.wav", folder / "none.wav", folder / "tiny.onnx", folder / "b.wav"]
-    code, out, err = run("transcribe", *paths, *model, "--batch-size", batch_size)
-    assert code == 1
-    assert out == f"{paths[0]}\t{texts[0]}\n{paths[3]}\t{texts[1]}\n"
-    first, second = err.splitlines()
-    assert first == f"jasper: error: {paths[1]}: no such file; check the path"
-    assert second.startswith(f"jasper: error: {paths[2]}: not audio that libsndfile can read")
-
-
-def test_a_single_failed_file_ends_with_the_code_of_its_error(folder, model):
-    assert run("transcribe", folder / "none.wav", *model)[0] == 5
-    assert run("transcribe", folder / "nemo.jsonl", *model)[0] == 3
 
 
 def test_a_checkpoint_with_its_config_and_a_safetensors_without(folder, texts):
@@ -205,7 +162,7 @@ def test_a_file_name_that_is_not_text(folder, tmp_path):
         os.symlink(folder / "a.wav", os.fsencode(tmp_path) + b"/\xff.wav")
     except OSError:
         pytest.skip("this file system has no such names")
-    argv = [*JASPER, "transcribe", "--format", "json", "--model", str(folder / "tiny.onnx"), b"\xff.wav"]
+    argv = [*JASPER, "transcribe", "--format", "jsonl", "--model", str(folder / "tiny.onnx"), b"\xff.wav"]
     done = subprocess.run(argv, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
     assert os.fsencode(json.loads(done.stdout)["audio_filepath"]) == b"\xff.wav"
@@ -602,22 +559,31 @@ def test_train(monkeypatch, folder, tmp_path):
 # --- signals and pipes ----------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def many(folder, tmp_path_factory):
+    """A folder with 20,000 names of one clip."""
+    many = tmp_path_factory.mktemp("many")
+    for number in range(20_000):
+        os.symlink(folder / "a.wav", many / f"{number:05}.wav")
+    return many
+
+
 @pytest.mark.parametrize(("number", "code", "err"), [("SIGTERM", 143, ""), ("SIGINT", 130, "interrupted")])
-def test_signals_end_with_their_code_and_whole_lines(folder, texts, number, code, err):
-    running = process("transcribe", "--model", "tiny.onnx", *["a.wav"] * 20_000, cwd=folder)
-    line = f"a.wav\t{texts[0]}\n"
-    assert running.stdout.readline() == line
+def test_signals_end_with_their_code_and_whole_lines(folder, many, texts, number, code, err):
+    running = process("transcribe", "--model", "tiny.onnx", many, cwd=folder)
+    assert running.stdout.readline() == f"{many}/00000.wav\t{texts[0]}\n"
     running.send_signal(getattr(signal, number))
     out, complaint = running.communicate(timeout=20)
     assert running.returncode == code
     assert complaint == (f"jasper: error: {err}\n" if err else "")
-    assert out == line * out.count("\n")
-    assert out.count("\n") < 19_999
+    count = out.count("\n")
+    assert out == "".join(f"{many}/{number:05}.wav\t{texts[0]}\n" for number in range(1, count + 1))
+    assert count < 19_999
 
 
-def test_a_reader_that_goes_away_is_no_error(folder, texts):
-    running = process("transcribe", "--model", "tiny.onnx", *["a.wav"] * 20_000, cwd=folder)
-    assert running.stdout.readline() == f"a.wav\t{texts[0]}\n"
+def test_a_reader_that_goes_away_is_no_error(folder, many, texts):
+    running = process("transcribe", "--model", "tiny.onnx", many, cwd=folder)
+    assert running.stdout.readline() == f"{many}/00000.wav\t{texts[0]}\n"
     running.stdout.close()
     assert running.wait(timeout=20) == 0
     assert running.stderr.read() == ""

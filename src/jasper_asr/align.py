@@ -134,7 +134,7 @@ def _greedy_spans(log_probs: Floats, labels: Sequence[str]) -> Indices:
     """The same for the text that `greedy` finds: no path is likelier than the best class of every frame."""
     path = log_probs.argmax(axis=1)
     firsts = np.flatnonzero(np.diff(path, prepend=-1))
-    lasts = np.append(firsts[1:], len(path)) - 1
+    lasts = np.append(firsts, len(path))[1:] - 1
     spoken = np.array([*(label != " " for label in labels), False])[path[firsts]]
     return np.stack([firsts[spoken], lasts[spoken]], axis=1)
 

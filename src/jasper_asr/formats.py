@@ -1,8 +1,8 @@
 """Words with times -> what people keep: plain text, json, NeMo's jsonl, subtitles (srt, vtt), whisper's tsv.
 
-Subtitles follow common practice (BBC and Netflix guidelines agree within a few characters): at most two lines of 42
-characters, 1 to 7 seconds, at most 17 characters a second where the speaker leaves the time, two frames of
-a 25 Hz picture between one and the next. Segments keep the times at which words were said; only subtitles stay longer.
+Subtitles follow common practice: at most two lines of 42
+characters, 1 to 7 seconds, no more than 17 characters a second where the speaker leaves the time, and two pictures at
+25 Hz between one and the next. Segments keep the times at which words were said; only subtitles stay longer.
 """
 
 import json
@@ -29,10 +29,10 @@ class Segment:
 def segments(
     words: Sequence[Word], *, max_chars: int = 84, max_seconds: float = 7.0, pause: float = 0.5
 ) -> tuple[Segment, ...]:
-    """Split where the speaker pauses for `pause` seconds or more, then whatever is too long for one subtitle.
+    """Split where the speaker pauses for `pause` seconds or more, then what is still too long for one subtitle.
 
     A segment fits on two lines of `max_chars // 2` characters and lasts `max_seconds` at most, unless it is a single
-    word. The fewest such segments are taken, and among those the ones with the widest gaps between them.
+    word. The fewest such segments are taken, and among those the most even ones, with cuts at gaps.
     """
     found: list[Segment] = []
     phrase: list[Word] = []
@@ -70,32 +70,29 @@ def render(
     return _WRITERS[format](head, text, words, row)
 
 
-_LINES_MIN_SECONDS, _MAX_SECONDS = 1.0, 7.0
-_CHARS_PER_SECOND = 17.0
-_GAP = 0.08
-_LINE = 42
-
-
 _Head = dict[str, Any]
 _Row = Callable[[Word], dict[str, Any]]
 
 
 def _divide(phrase: Sequence[Word], line: int, max_seconds: float) -> list[Segment]:
-    """The cheapest way to cut `phrase`: each segment costs 1, less what the gap in front of it is worth (below 1)."""
-    best: list[tuple[float, int]] = [(0.0, 0)]  # for the first n words: cost, and where the last segment starts
+    """The best way to cut `phrase`: few segments; then even ones, but a gap of 0.2 s is worth a good deal of that."""
+    best: list[tuple[int, float, int]] = [(0, 0.0, 0)]  # for the first n words: segments, cost, start of the last one
     for end in range(1, len(phrase) + 1):
         options = []
         for start in range(end - 1, -1, -1):
             if start < end - 1 and not _fits(phrase[start:end], line, max_seconds):
                 break
+            count, cost, _ = best[start]
             gap = phrase[start].start - phrase[start - 1].end if start else 0.0
-            options.append((best[start][0] + 1 - min(gap, 1.0) * 1e-3, start))
+            fill = len(_text(phrase[start:end])) / (2 * line)
+            options.append((count + 1, cost + fill**2 - 2 * gap, start))
         best.append(min(options))
     found: list[Segment] = []
     end = len(phrase)
     while end:
-        start = best[end][1]
-        found.append(_segment(phrase[start:end]))
+        start = best[end][2]
+        words = tuple(phrase[start:end])
+        found.append(Segment(words[0].start, words[-1].end, _text(words), words))
         end = start
     return found[::-1]
 
@@ -103,19 +100,24 @@ def _divide(phrase: Sequence[Word], line: int, max_seconds: float) -> list[Segme
 def _fits(words: Sequence[Word], line: int, max_seconds: float) -> bool:
     if words[-1].end - words[0].start > max_seconds:
         return False
-    return all(len(row) <= line for row in _lines(" ".join(word.text for word in words), line))
+    return all(len(row) <= line for row in _lines(_text(words), line))
 
 
-def _segment(words: Sequence[Word]) -> Segment:
-    return Segment(words[0].start, words[-1].end, " ".join(word.text for word in words), tuple(words))
+def _text(words: Sequence[Word]) -> str:
+    return " ".join(word.text for word in words)
+
+
+_LINE = 42
+_SHORTEST, _LONGEST, _GAP = 1000, 7000, 80  # milliseconds
+_READING = 17  # characters a second
 
 
 def _lines(text: str, line: int = _LINE) -> list[str]:
-    """`text` on one line, or on two of lengths as equal as can be, the upper one the shorter of equals."""
+    """`text` on one line if it fits, else on two that are as equal as can be."""
     if len(text) <= line or " " not in text:
         return [text]
     breaks = [index for index, character in enumerate(text) if character == " "]
-    middle = min(breaks, key=lambda index: (abs(len(text) - 1 - 2 * index), index))
+    middle = min(breaks, key=lambda index: abs(len(text) - 1 - 2 * index))
     return [text[:middle], text[middle + 1 :]]
 
 
@@ -131,15 +133,18 @@ class _Cue:
 def _cues(words: Sequence[Word], duration: float) -> list[_Cue]:
     """Subtitles stay as long as reading them takes, if the next one and the end of the file leave the time."""
     parts = segments(words)
-    starts = [round(part.start * 1000) for part in parts]
-    limits = [start - round(_GAP * 1000) for start in starts[1:]] + [round(duration * 1000)]
+    starts = [_milliseconds(part.start) for part in parts]
     cues: list[_Cue] = []
-    for part, start, limit in zip(parts, starts, limits, strict=True):
-        said = round(part.end * 1000)
-        reading = min(max(_LINES_MIN_SECONDS, len(part.text) / _CHARS_PER_SECOND), _MAX_SECONDS)
-        end = max(min(start + round(reading * 1000), limit), said)
-        cues.append(_Cue(start, end, _lines(part.text)))
+    for number, (part, start) in enumerate(zip(parts, starts, strict=True)):
+        last = number == len(parts) - 1
+        limit = _milliseconds(duration) if last else starts[number + 1] - min(_GAP, (starts[number + 1] - start) // 2)
+        reading = min(max(_SHORTEST, round(1000 * len(part.text) / _READING)), _LONGEST)
+        cues.append(_Cue(start, min(max(_milliseconds(part.end), start + reading), limit), _lines(part.text)))
     return cues
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)
 
 
 def _txt(head: _Head, text: str, words: Sequence[Word], row: _Row) -> str:
@@ -175,7 +180,7 @@ def _vtt(head: _Head, text: str, words: Sequence[Word], row: _Row) -> str:
 
 
 def _tsv(head: _Head, text: str, words: Sequence[Word], row: _Row) -> str:
-    rows = [f"{round(part.start * 1000)}\t{round(part.end * 1000)}\t{part.text}\n" for part in segments(words)]
+    rows = [f"{_milliseconds(part.start)}\t{_milliseconds(part.end)}\t{part.text}\n" for part in segments(words)]
     return "".join(["start\tend\ttext\n", *rows])
 
 

@@ -8,9 +8,9 @@ A model is a trie of n-grams with back-off weights (Katz 1987): the probability 
 the trie lacks is the context's weight times the probability after the context without its first word.
 `estimate` gives interpolated modified Kneser-Ney (Chen and Goodman 1999), pruned by relative entropy (Stolcke 1998).
 
-Two kinds of file are read. Ours is an uncompressed .npz: the vocabulary, and for each order the n-grams sorted as
+Three kinds of file are read. Ours is an uncompressed .npz: the vocabulary, and for each order the n-grams sorted as
 a trie (word ids, how many n-grams continue each) with log-probabilities and back-offs as 8-bit indices of codebooks.
-The other is ARPA text, plain or gzipped, which has base 10.
+The others are ARPA text, plain or gzipped, and KenLM's binaries; both have base 10.
 """
 
 import gzip
@@ -23,12 +23,14 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, zip_longest
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jasper_asr import kenlm
 from jasper_asr.errors import ModelError, StorageError, UsageError
 from jasper_asr.files import write_whole
 
@@ -76,18 +78,22 @@ class NgramModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read our own format or ARPA text (also gzipped), told apart by the first bytes.
+        """Read our own format, ARPA text (also gzipped) or a KenLM binary, told apart by the first bytes.
 
-        A vocabulary all in capitals, as LibriSpeech's models have it, is read in lower case.
+        A vocabulary all in capitals, as LibriSpeech's models have it, is read in lower case. A KenLM file with hash
+        tables stays on disk, mapped; such a model scores as any other, but only its unigrams are in `levels`.
         Raises StorageError if the file cannot be read, ModelError if it is damaged or of another kind.
         """
         try:
-            data = Path(path).read_bytes()
+            data = _contents(path)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StorageError(f"{path}: cannot be read ({reason}); check the path") from error
         try:
-            return cls(*_read(data))
+            if data[: len(kenlm.MAGIC)] != kenlm.MAGIC:
+                return cls(*_read(bytes(data)))
+            found = _read_kenlm(data)
+            return _HashedModel(found) if isinstance(found, kenlm.HashedNgrams) else cls(*found)  # type: ignore[return-value]
         except _BadFileError as error:
             raise ModelError(f"{path}: {error}") from error
 
@@ -173,6 +179,63 @@ class NgramModel:
         end = first[node + 1]
         index = bisect_left(words, word, first[node], end)
         return index if index < end and words[index] == word else -1
+
+
+class _HashedModel(NgramModel):
+    """A model of which only hashes of the n-grams are known, so that it can be asked but not listed.
+
+    A state holds the ids of the last words, the latest first, as many as the model has as an n-gram.
+    """
+
+    def __init__(self, file: kenlm.HashedNgrams) -> None:
+        names = _lower_if_capitals(file.words)
+        self._numbers = sorted(range(len(names)), key=names.__getitem__)
+        unigrams = np.arange(len(names), dtype=np.int32)
+        log_probs, backoffs = (
+            (_LN10 * values[self._numbers].astype(np.float64)).astype(np.float32)
+            for values in (file.log_probs, file.backoffs)
+        )
+        words, level = sorted(names), Level(unigrams, log_probs, backoffs, np.zeros(len(names) + 1, np.int64))
+        _check(words, [level])
+        super().__init__(words, [level])
+        self.order = len(file.counts)
+        self._tables, self._counts = file.tables, file.counts
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return self._counts
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        raise UsageError(f"{path}: a KenLM model of hash tables cannot be converted; give its ARPA file")
+
+    save_arpa = save
+
+    def advance_id(self, state: State, word: int) -> tuple[State, float]:
+        if word < 0:
+            return (), self._rarest
+        log_prob: float = self._log_probs[0][word]
+        key, length = self._numbers[word], 1
+        for table, before in zip(self._tables, state, strict=False):
+            key = kenlm.combine(key, self._numbers[before])
+            found = table.find(key)
+            if found is None:
+                break
+            log_prob, length = _LN10 * found[0], length + 1
+        following = (word, *state)[: min(length, self.order - 1)]
+        return following, log_prob + self._backoff(state, length)
+
+    def _backoff(self, state: State, length: int) -> float:
+        """What it costs that only an n-gram of `length` was found: the back-offs of the contexts that are longer."""
+        if length > len(state):
+            return 0.0
+        total, key = 0.0, self._numbers[state[0]]
+        if length == 1:
+            total += self._backoffs[0][state[0]]
+        for longer, (table, before) in enumerate(zip(self._tables, state[1:], strict=False), start=2):
+            key = kenlm.combine(key, self._numbers[before])
+            if longer >= length and (found := table.find(key)):
+                total += _LN10 * found[1]
+        return total
 
 
 def estimate(sentences: Iterable[str], order: int = 3, *, prune: float = 0.0) -> NgramModel:
@@ -385,6 +448,31 @@ class _BadFileError(Exception):
     """What is wrong with a file, and the cure; the caller adds the file's name."""
 
 
+def _contents(path: str | os.PathLike[str]) -> kenlm.Buffer:
+    """A file's bytes; those of a KenLM binary, which may be larger than memory, mapped."""
+    with open(path, "rb") as file:
+        if file.read(len(kenlm.MAGIC)) == kenlm.MAGIC:
+            return mmap(file.fileno(), 0, access=ACCESS_READ)
+        file.seek(0)
+        return file.read()
+
+
+def _read_kenlm(data: kenlm.Buffer) -> "_Parts | kenlm.HashedNgrams":
+    try:
+        file = kenlm.read(data)
+    except ValueError as error:
+        raise _BadFileError(str(error)) from error
+    if isinstance(file, kenlm.HashedNgrams):
+        return file
+    ids = {word: number for number, word in enumerate(file.words)}
+    if len(ids) < len(file.words):
+        raise _BadFileError(f"damaged vocabulary; {_AGAIN}")
+    sections = [_Grams(*parts) for parts in zip(file.grams, file.log_probs, file.backoffs, strict=True)]
+    words, levels = _arrange(ids, sections)
+    _check(words, levels)
+    return words, levels
+
+
 _AGAIN = "copy or make it again"
 _Parts = tuple[list[str], list[Level]]
 
@@ -398,8 +486,6 @@ def _read(data: bytes) -> _Parts:
 def _parse(data: bytes) -> _Parts:
     if data.startswith(b"PK"):
         return _unpack(data)
-    if data.startswith(b"mmap lm http://kheafield.com/code"):
-        raise _BadFileError("is a binary of KenLM; give the ARPA file that it was built from")
     try:
         text = (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8")
     except (OSError, EOFError, zlib.error) as error:
@@ -505,6 +591,15 @@ def _check(words: Sequence[str], levels: Sequence[Level]) -> None:
             raise _BadFileError(f"holds probabilities above 1; {_AGAIN}")
 
 
+@dataclass(frozen=True, eq=False)
+class _Grams:
+    """The N n-grams of one order as a file has them: ids int64 [N, order] in reading order, log10 values [N]."""
+
+    ids: NDArray[np.int64]
+    log_probs: NDArray[np.floating]
+    backoffs: NDArray[np.floating]
+
+
 class _Section:
     """The n-grams of one order of an ARPA file in its order: n word ids each, log10 values."""
 
@@ -532,6 +627,11 @@ class _Section:
             if word not in ids:
                 raise ValueError(f"{word} is not among the 1-grams")
             self.ids.append(ids[word])
+
+    def grams(self) -> _Grams:
+        """All that was added."""
+        ids = np.frombuffer(self.ids, np.int64).reshape(-1, self.order)
+        return _Grams(ids, np.frombuffer(self.log_probs), np.frombuffer(self.backoffs))
 
 
 def _parse_arpa(text: str) -> _Parts:
@@ -561,11 +661,11 @@ def _parse_arpa(text: str) -> _Parts:
         raise _BadFileError("is neither a language model of ours nor ARPA text; give one of these")
     if not ended or not sections or sizes != [len(section) for section in sections]:
         raise _BadFileError(f"ends early, or announces other numbers of n-grams than it holds; {_AGAIN}")
-    return _arrange(ids, sections)
+    return _arrange(ids, [section.grams() for section in sections])
 
 
-def _arrange(ids: dict[str, int], sections: Sequence[_Section]) -> _Parts:
-    """The n-grams of an ARPA file, which may come in any order, as a trie."""
+def _arrange(ids: dict[str, int], sections: Sequence[_Grams]) -> _Parts:
+    """The n-grams of a file, which may come in any order, as a trie."""
     names = _lower_if_capitals(list(ids))
     ordered = sorted(names)
     rank = np.empty(len(ids), np.int64)
@@ -573,22 +673,22 @@ def _arrange(ids: dict[str, int], sections: Sequence[_Section]) -> _Parts:
     keys: list[NDArray[np.int64]] = []
     parents, words, log_probs, backoffs = [], [], [], []
     for section in sections:
-        grams = rank[np.frombuffer(section.ids, np.int64).reshape(-1, section.order)]
+        grams = rank[section.ids]
         parent = np.zeros(len(grams), np.int64)
         for level, word in zip([*keys, None], grams.T, strict=True):
             key = parent * len(ids) + word
             if level is not None:
                 parent = np.searchsorted(level, key)
                 if (level[np.minimum(parent, len(level) - 1)] != key).any():
-                    raise _BadFileError(f"a {section.order}-gram's first words are no n-gram; {_AGAIN}")
+                    raise _BadFileError(f"a {len(keys) + 1}-gram's first words are no n-gram; {_AGAIN}")
         order = np.argsort(key)
         keys.append(key[order])
         if (np.diff(keys[-1]) == 0).any():
-            raise _BadFileError(f"holds a {section.order}-gram twice; {_AGAIN}")
+            raise _BadFileError(f"holds a {len(keys)}-gram twice; {_AGAIN}")
         parents.append(parent[order])
         words.append(grams[order, -1])
-        log_probs.append(_LN10 * np.frombuffer(section.log_probs)[order])
-        backoffs.append(_LN10 * np.frombuffer(section.backoffs)[order])
+        log_probs.append(_LN10 * section.log_probs[order].astype(np.float64))
+        backoffs.append(_LN10 * section.backoffs[order].astype(np.float64))
     return ordered, _levels(parents, words, log_probs, backoffs)
 
 

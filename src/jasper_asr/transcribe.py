@@ -283,8 +283,15 @@ class Transcriber:
         text = self._decoder(row)
         if not self.words:
             return Transcript(text, item.seconds)
-        timing = {"seconds_per_frame": self.config.frame_seconds, "duration": item.seconds, "offset": item.offset}
-        return Transcript(text, item.seconds, align(row, text, self.config.labels, **timing))
+        words = align(
+            row,
+            text,
+            self.config.labels,
+            seconds_per_frame=self.config.frame_seconds,
+            duration=item.seconds,
+            offset=item.offset,
+        )
+        return Transcript(text, item.seconds, words)
 
     def _check_length(self, name: str, frames: int) -> None:
         shapes = self._backend.shapes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jasper_asr.cli.common import check_writable, complain, load_model, model_options, note, progress, read_manifests
-from jasper_asr.errors import JasperError, UsageError
+from jasper_asr.errors import UsageError
 
 if TYPE_CHECKING:
     from jasper_asr.evaluate import ErrorReport, Gate

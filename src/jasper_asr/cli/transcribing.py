@@ -89,49 +89,56 @@ def transcribe(
     check_writable(output)
     from jasper_asr.inputs import find_inputs
 
-    stdin = click.get_binary_stream("stdin") if "-" in audio else None
-    root = {"audio_root": audio_root, "allow_outside_root": allow_outside_root}
-    items = find_inputs(audio, recursive=recursive, stdin=stdin, **root)
-    alone = len(items) == 1 and items[0].name == audio[0]
+    items = find_inputs(
+        audio,
+        recursive=recursive,
+        audio_root=audio_root,
+        allow_outside_root=allow_outside_root,
+        stdin=sys.stdin.buffer if "-" in audio else None,
+    )
     if len(items) > 1 and output_dir is None:
         _check_one_file_for_all(formats[0], output)
-
-    def render(format: str, item: "Input", result: "Transcript") -> str:
-        from jasper_asr import formats
-
-        about = {"audio_filepath": item.name, "duration": result.duration, "text": result.text}
-        return formats.render(format, **about, words=result.words, characters=characters)
-
-    def line(item: "Input", result: "Transcript") -> str:
-        prefix = f"{item.name}\t" if formats[0] == "txt" and not alone else ""
-        return prefix + render(formats[0], item, result)
-
-    place: Destination = _Printed(line)
-    if output_dir or output:
-        from jasper_asr.outputs import OutputFile, OutputFolder
-
+    writer = _Writer(formats, alone=len(items) == 1 and items[0].name == audio[0], characters=characters)
+    target = output_dir or output
+    place: Destination = _Printed(writer)
+    if target:
         settings = {**options, "words": words, "characters": characters}
-        kept: dict[str, Any] = {
-            "resume": resume,
-            "protected": [*audio, *(item.source for item in items if isinstance(item.source, Path))],
-        }
-        if output_dir:
-            place = OutputFolder(output_dir, items, formats, render, options=_fingerprint(settings), **kept)
-        elif output:
-            settings |= {"format": formats[0], "alone": alone}
-            place = OutputFile(output, items, line, options=_fingerprint(settings), **kept)
+        place = _kept(target, target is output_dir, items, writer, settings, resume=resume, protected=audio)
     todo = [item for item in items if not place.holds(item)]
-    options["words"] = words and formats != ("txt",)
-    run = _Run(alone, len(items))
+    run = _Run(writer.alone, len(items))
     try:
         if todo:
-            run.transcribe(todo, place, options, jobs)
+            run.transcribe(todo, place, {**options, "words": words and formats != ("txt",)}, jobs)
         place.finish()
     finally:
         run.list_failures()
-    if output_dir or output:
+    if target:
         note(run.summary(len(items) - len(todo)))
     return run.exit_code
+
+
+# --- where results go -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Results as text. `alone`: just one file, named itself, so that its text needs no path in front."""
+
+    formats: tuple[str, ...]
+    alone: bool
+    characters: bool
+
+    def file(self, format: str, item: "Input", result: "Transcript") -> str:
+        """The content of a file."""
+        from jasper_asr.formats import render
+
+        about: dict[str, Any] = {"audio_filepath": item.name, "duration": result.duration, "text": result.text}
+        return render(format, **about, words=result.words, characters=self.characters)
+
+    def entry(self, item: "Input", result: "Transcript") -> str:
+        """What stands for a recording where others follow."""
+        text = self.file(self.formats[0], item, result)
+        return f"{item.name}\t{text}" if self.formats[0] == "txt" and not self.alone else text
 
 
 class Destination(Protocol):
@@ -149,16 +156,42 @@ class Destination(Protocol):
 
 @dataclass(frozen=True)
 class _Printed:
-    line: Callable[["Input", "Transcript"], str]
+    writer: _Writer
 
     def holds(self, item: "Input") -> bool:
         return False
 
     def add(self, item: "Input", result: "Transcript") -> None:
-        click.echo(self.line(item, result), nl=False)
+        click.echo(self.writer.entry(item, result), nl=False)
 
     def finish(self) -> None:
         pass
+
+
+def _kept(
+    target: Path,
+    is_folder: bool,
+    items: "list[Input]",
+    writer: _Writer,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    protected: tuple[str, ...],
+) -> Destination:
+    """A file for each recording and format in the folder `target`, or the file `target` for all."""
+    from jasper_asr.outputs import OutputFile, OutputFolder
+
+    inputs: list[str | Path] = [*protected, *(item.source for item in items if isinstance(item.source, Path))]
+    if is_folder:
+        made_by = _fingerprint(settings)
+        return OutputFolder(
+            target, items, writer.formats, writer.file, options=made_by, resume=resume, protected=inputs
+        )
+    made_by = _fingerprint({**settings, "format": writer.formats[0], "alone": writer.alone})
+    return OutputFile(target, items, writer.entry, options=made_by, resume=resume, protected=inputs)
+
+
+# --- the work -------------------------------------------------------------------------------------------------------
 
 
 class _Run:

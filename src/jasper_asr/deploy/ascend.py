@@ -266,6 +266,7 @@ def plan_buckets(
         lengths = buckets.choose_buckets(counts, max_buckets=wanted, max_frames=longest)
     if len(lengths) == 1:  # a gear needs a second one
         lengths = [*lengths, longest]
+    _checked_gears(path, model, lengths)
     return buckets.measure_padding(counts, lengths, length=longest)
 
 

@@ -1,13 +1,18 @@
 """Checkpoint -> .onnx file, and what a model file says of itself."""
 
+import glob
 import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from jasper_asr._version import __version__
 from jasper_asr.config import ModelConfig, parse_config
 from jasper_asr.errors import ModelError, StorageError
 from jasper_asr.files import write_whole
@@ -15,6 +20,10 @@ from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint
 
 BUILTIN_MODELS = {"mini": Path(__file__).parents[1] / "models" / "mini" / "weights.safetensors"}
 """Models inside the package, by the name that `--model` takes."""
+
+
+INLINE_BYTES = 2_000_000_000
+"""Weights beyond this go to a file of their own: a protobuf message ends at 2**31 bytes, and the nodes need some."""
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
@@ -30,20 +39,80 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
 
 
 def graph_bytes(checkpoint: Checkpoint, **shape: Any) -> bytes:
-    """The checkpoint as a serialised ONNX model; `shape` goes to `build_graph`."""
+    """The checkpoint as a serialised ONNX model of less than 2 GB; `shape` goes to `build_graph`."""
     buffer = io.BytesIO()
-    buffer.writelines(_graph_pieces(checkpoint, **shape))
+    buffer.writelines(_inline_pieces(checkpoint, **shape))
     return buffer.getvalue()
 
 
-def _graph_pieces(checkpoint: Checkpoint, check: Callable[[Any], None] | None = None, **shape: Any) -> Iterator[bytes]:
-    from jasper_asr.model.graph import build_graph, serialize
+@contextmanager
+def graph_source(checkpoint: Checkpoint, **shape: Any) -> Iterator[Path | bytes]:
+    """What a backend opens: bytes or, where protobuf cannot hold them, a temporary file, gone when the block ends.
 
-    provenance = {"checkpoint_sha256": checkpoint.sha256, "weights": checkpoint.kind}
-    proto = build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape)
+    A runtime that maps the file keeps what it maps. `shape` goes to `build_graph`. Raises StorageError without room.
+    """
+    if _fits_inline(checkpoint, **shape):
+        yield graph_bytes(checkpoint, **shape)
+        return
+    with TemporaryDirectory(prefix="jasper-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "graph.onnx"
+        write_graph(checkpoint, path, **shape)
+        yield path
+
+
+def write_graph(
+    checkpoint: Checkpoint, out: Path, check: Callable[[Any], None] | None = None, **shape: Any
+) -> dict[str, str]:
+    """Write `out` whole or not at all, its weights to a file beside it where protobuf cannot hold them.
+
+    That file, `<stem>-<8 digits>.onnx.data`, comes first, and its name depends on all that decides its content: a
+    killed run leaves the old model with its old data. Data of an older model of the same name are removed at the end.
+    `check` is given the onnx.ModelProto and raises to refuse it. Returns the metadata of the graph.
+    """
+    from jasper_asr.model.graph import ExternalWeights, serialize
+
+    weights, kept = None, None
+    if not _fits_inline(checkpoint, **shape):
+        facts = [checkpoint.sha256, checkpoint.kind, checkpoint.config.raw, __version__, sorted(shape.items())]
+        weights = ExternalWeights(f"{out.stem}-{sha256(json.dumps(facts).encode()).hexdigest()[:8]}.onnx.data")
+    proto = _build(checkpoint, external=weights, **shape)
     if check:
         check(proto)
-    return serialize(proto)
+    properties = {entry.key: entry.value for entry in proto.metadata_props}
+    if weights:
+        kept = out.with_name(weights.location)
+        write_whole(kept, weights.pieces())
+    write_whole(out, serialize(proto))
+    for data in _data_files(out):
+        if data != kept:
+            data.unlink(missing_ok=True)
+    return properties
+
+
+def _data_files(model: Path) -> list[Path]:
+    """The weights that `write_graph` has put beside `model`."""
+    return [*model.parent.glob(glob.escape(model.stem) + "-" + "[0-9a-f]" * 8 + ".onnx.data")]
+
+
+def _fits_inline(checkpoint: Checkpoint, **shape: Any) -> bool:
+    from jasper_asr.model.spectral import choose_tile, stored_weights
+
+    sizes = {name: shape.get(name) for name in ("batch_size", "frames")}
+    tile = choose_tile(checkpoint.config, shape.get("convolution", "direct"), **sizes)
+    return 4 * stored_weights(checkpoint.config, tile and (shape.get("tile") or tile)) < INLINE_BYTES
+
+
+def _inline_pieces(checkpoint: Checkpoint, **shape: Any) -> Iterator[bytes]:
+    from jasper_asr.model.graph import serialize
+
+    return serialize(_build(checkpoint, **shape))
+
+
+def _build(checkpoint: Checkpoint, **shape: Any) -> Any:
+    from jasper_asr.model.graph import build_graph
+
+    provenance = {"checkpoint_sha256": checkpoint.sha256, "weights": checkpoint.kind}
+    return build_graph(checkpoint.config, checkpoint.weights, provenance=provenance, **shape)
 
 
 def export_onnx(
@@ -57,12 +126,13 @@ def export_onnx(
     max_frames: int | None = None,
     opset: int = 13,
     masked: bool = True,
+    convolution: str = "direct",
+    tile: int | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> str:
-    """Write `out` whole or not at all; returns one line that says what was made.
+    """Write `out` as `write_graph` does; returns one line that says what was made.
 
-    `batch_size`, `frames`, `max_frames`, `opset` and `masked` as in `build_graph`; `check` is given the onnx.ModelProto
-    and raises to refuse it.
+    `check` as in `write_graph`, the rest as in `build_graph`.
     """
     started = time.perf_counter()
     path = resolve_model(model)
@@ -70,12 +140,13 @@ def export_onnx(
         raise ModelError(f"{path}: is an {path.suffix[1:].upper()} model already; give a checkpoint")
     checkpoint = load_checkpoint(path, config=config, weights=weights)
     shape = {"batch_size": batch_size, "frames": frames, "max_frames": max_frames}
-    pieces = _graph_pieces(checkpoint, check, **shape, opset=opset, masked=masked)
-    write_whole(out, pieces)
+    options = {"opset": opset, "masked": masked, "convolution": convolution, "tile": tile}
+    made = write_graph(checkpoint, out, check, **shape, **options)
     parameters = parameter_count(checkpoint.config)
-    size, seconds = out.stat().st_size / 1e6, time.perf_counter() - started
+    size, seconds = sum(path.stat().st_size for path in (out, *_data_files(out))) / 1e6, time.perf_counter() - started
+    kind = f", spectral in tiles of {made['tile']}" if "tile" in made else ""
     return (
-        f"{checkpoint.config.name}, {parameters:,} parameters, opset {opset}, feats [{batch_size or 'B'}, "
+        f"{checkpoint.config.name}, {parameters:,} parameters, opset {opset}{kind}, feats [{batch_size or 'B'}, "
         f"{checkpoint.config.in_feats}, {frames or 'T'}], {size:,.1f} MB, built in {seconds:.2f} s"
     )
 

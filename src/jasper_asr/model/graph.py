@@ -5,10 +5,13 @@ Inputs `feats` float32 [B, n_filt, T] and `feat_lens` int32 [B]; outputs `log_pr
 BatchNorm is folded in float64; the residuals of a block are one 1x1 convolution over its concatenated panes; lengths
 stay int32; a mask is built once for each time resolution. With `masked=False` the masks are left out: right when every
 utterance is given at its exact length, where padding and zeros beyond the end are the same thing.
+
+With `convolution="spectral"` the stretch of stride 1 is written as `jasper_asr.model.spectral` says.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +24,42 @@ from jasper_asr._version import __version__
 from jasper_asr.config import BATCH_NORM_EPS, ModelConfig
 from jasper_asr.errors import UsageError
 from jasper_asr.model.checkpoint import BlockLayers, ConvLayer, Weights, block_layers
+from jasper_asr.model.spectral import Tiles, choose_tile, first_spectral_block
 
 MIN_OPSET, MAX_OPSET = 11, 21
+EXTERNAL_BYTES = 1 << 16
+"""Weights of this size or more go into the file of ExternalWeights, if there is one."""
+
+_PAGE = 4096
 _IR_VERSION = {range(11, 13): 7, range(13, 15): 8, range(15, 19): 8, range(19, 21): 9, range(21, 22): 10}
+
+
+@dataclass
+class ExternalWeights:
+    """The large weights of a graph, in a file `location` beside it: protobuf holds no more than 2 GB.
+
+    They are made one by one, while they are written; `size` is that of the file.
+    """
+
+    location: str
+    size: int = 0
+    _arrays: list[Callable[[], NDArray[Any]]] = field(default_factory=list)
+
+    def add(self, proto: onnx.TensorProto, size: int, make: Callable[[], NDArray[Any]]) -> None:
+        """Let `proto` refer to the next place, which starts a page so that it can be mapped."""
+        proto.data_location = TensorProto.EXTERNAL
+        entry = {"location": self.location, "offset": self.size, "length": size}
+        for key, value in entry.items():
+            proto.external_data.add(key=key, value=str(value))
+        self._arrays.append(make)
+        self.size += size + -size % _PAGE
+
+    def pieces(self) -> Iterator[bytes]:
+        """The bytes of the file, a weight at a time."""
+        for make in self._arrays:
+            content = _little_endian(make())
+            yield content
+            yield bytes(-len(content) % _PAGE)
 
 
 def build_graph(
@@ -35,18 +71,26 @@ def build_graph(
     max_frames: int | None = None,
     opset: int = 13,
     masked: bool = True,
+    convolution: str = "direct",
+    tile: int | None = None,
+    external: ExternalWeights | None = None,
     provenance: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """The network as one self-contained ONNX model.
+    """The network as one ONNX model, self-contained unless its large weights are to go to `external`.
 
     `batch_size` and `frames` fix the input's shape; None leaves a dimension open. `max_frames` bounds open frames, so
-    that the masks need no Shape and no Range; a longer input gets wrong masks. `provenance` (for instance
-    `checkpoint_sha256`) joins the metadata. Raises UsageError for an opset or a size that cannot be.
+    that the masks need no Shape and no Range; a longer input gets wrong masks. `convolution` is `direct`, `spectral`
+    or `auto`, see `choose_tile`, whose choice `tile` overrides. `provenance` (for instance `checkpoint_sha256`) joins
+    the metadata. Raises UsageError for an opset or a size that cannot be.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset}: choose {MIN_OPSET} to {MAX_OPSET}")
     if any(size is not None and size < 1 for size in (batch_size, frames, max_frames)):
         raise UsageError("batch-size and frames must be at least 1")
+    chosen = choose_tile(config, convolution, batch_size=batch_size, frames=frames)
+    tile = chosen and (tile or chosen)
+    if tile and max_frames and not frames:
+        raise UsageError("max-frames is for direct convolution only; leave one of them out")
     model = onnx.ModelProto(
         ir_version=next(version for span, version in _IR_VERSION.items() if opset in span),
         producer_name="jasper-asr",
@@ -54,10 +98,10 @@ def build_graph(
         opset_import=[helper.make_opsetid("", opset)],
     )
     bound = {"max_frames": str(max_frames)} if max_frames and not frames else {}
-    helper.set_model_props(model, metadata(config, masked) | bound | (provenance or {}))
+    helper.set_model_props(model, metadata(config, masked, tile) | bound | (provenance or {}))
     # filled in place: onnx.helper would copy 1.3 GB of Jasper 10x5 three times
-    graph = _Graph(model.graph, opset)
-    builder = _Encoder(graph, config, weights, masked, frames, max_frames)
+    graph = Graph(model.graph, opset, external)
+    builder = _Encoder(graph, config, weights, masked, batch_size, frames, max_frames, tile)
     log_probs = builder.run()
     graph.rename(log_probs, "log_probs")
     graph.rename(builder.lens, "log_prob_lens")
@@ -99,11 +143,12 @@ def _field_head(number: int, size: int) -> bytes:
     return bytes([number << 3 | 2, *digits, size])
 
 
-def metadata(config: ModelConfig, masked: bool) -> dict[str, str]:
+def metadata(config: ModelConfig, masked: bool, tile: int | None = None) -> dict[str, str]:
     """What an exported model says of itself; `config` alone is enough to rebuild the front end and the decoder."""
     return {
         "config": json.dumps(config.raw),
-        "convolution": "direct",
+        "convolution": "spectral" if tile else "direct",
+        **({"tile": str(tile)} if tile else {}),
         "masked": str(masked).lower(),
         "stride": str(config.stride),
         "labels": json.dumps(config.labels),
@@ -111,12 +156,17 @@ def metadata(config: ModelConfig, masked: bool) -> dict[str, str]:
     }
 
 
+def _little_endian(values: NDArray[Any]) -> bytes:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
 @dataclass
-class _Graph:
+class Graph:
     """The graph under construction; names are the op and a running number."""
 
     proto: onnx.GraphProto
     opset: int
+    external: ExternalWeights | None = None
     _small: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def constant(self, values: NDArray[Any], name: str | None = None) -> str:
@@ -124,15 +174,27 @@ class _Graph:
         key = (values.tobytes(), values.shape, values.dtype.str) if values.size <= 16 else None
         if key in self._small:
             return self._small[key]
-        name = name or f"constant_{len(self.proto.initializer)}"
-        self.proto.initializer.add(
-            name=name,
-            data_type=helper.np_dtype_to_tensor_dtype(values.dtype),
-            dims=values.shape,
-            raw_data=values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes(),
+        name = self.tensor(
+            name or f"constant_{len(self.proto.initializer)}", values.shape, lambda: values, values.dtype
         )
         if key:
             self._small[key] = name
+        return name
+
+    def tensor(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        make: Callable[[], NDArray[Any]],
+        dtype: np.dtype[Any] = np.dtype(np.float32),
+    ) -> str:
+        """Name of an initializer whose values `make` returns when they are needed: now, or while they are written."""
+        proto = self.proto.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
+        size = math.prod(shape) * dtype.itemsize
+        if self.external and size >= EXTERNAL_BYTES:
+            self.external.add(proto, size, make)
+        else:
+            proto.raw_data = _little_endian(make())
         return name
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
@@ -167,19 +229,24 @@ class _Encoder:
 
     def __init__(
         self,
-        graph: _Graph,
+        graph: Graph,
         config: ModelConfig,
         weights: Weights,
         masked: bool,
+        batch_size: int | None,
         frames: int | None,
         max_frames: int | None,
+        tile: int | None,
     ) -> None:
         self.graph = graph
         self.config = config
         self.weights = weights
         self.masked = masked
+        self.batch_size = batch_size
         self.frames = frames
         self.max_frames = max_frames
+        self.tile = tile
+        self.tiles: Tiles | None = None
         self.lens = "feat_lens"
         self.mask = ""
 
@@ -189,17 +256,34 @@ class _Encoder:
         self.mask = self.build_mask(value)
         panes = [self.masked_value(value)]
         blocks = block_layers(self.config)
+        spectral_from = first_spectral_block(self.config) if self.tile else len(blocks)
         for index, (block, layers) in enumerate(zip(self.config.blocks, blocks, strict=True)):
+            if index == spectral_from:
+                panes = self.enter_tiles(panes)
             out = self.block(panes, layers)
             # the last block feeds the 1x1 decoder, which looks at no neighbours
             out = out if index == len(blocks) - 1 else self.masked_value(out)
             panes = [*panes, out] if block.residual_dense else [out]
-        weight = self.weights["decoder.layers.0.weight"][:, :, None, :]
+        return graph.node("LogSoftmax", self.decoder(panes[-1]), axis=2)
+
+    def decoder(self, value: str) -> str:
+        """Logits [B, T', n_classes]."""
+        graph = self.graph
+        weight = self.weights["decoder.layers.0.weight"]
         bias = self.weights["decoder.layers.0.bias"]
-        kernel = graph.constant(weight, "decoder.weight")
-        logits = graph.node("Conv", panes[-1], kernel, graph.constant(bias, "decoder.bias"), kernel_shape=[1, 1])
-        rows = graph.node("Transpose", graph.squeeze(logits, [2]), perm=[0, 2, 1])
-        return graph.node("LogSoftmax", rows, axis=2)
+        if self.tiles:
+            logits = self.tiles.pointwise(value, weight[:, :, 0], bias, "decoder")
+            return self.tiles.leave(logits, len(bias))
+        kernel = graph.constant(weight[:, :, None, :], "decoder.weight")
+        logits = graph.node("Conv", value, kernel, graph.constant(bias, "decoder.bias"), kernel_shape=[1, 1])
+        return graph.node("Transpose", graph.squeeze(logits, [2]), perm=[0, 2, 1])
+
+    def enter_tiles(self, panes: list[str]) -> list[str]:
+        """The panes as tiles; so is the mask, which then also hides what fills up the last tile."""
+        assert self.tile
+        self.tiles = tiles = Tiles(self.graph, self.tile, panes[-1], self.batch_size, self.frames)
+        self.mask = tiles.enter(self.mask) if self.masked else tiles.inside()
+        return [tiles.enter(pane) for pane in panes]
 
     def block(self, panes: list[str], layers: BlockLayers) -> str:
         value = panes[-1]
@@ -215,6 +299,8 @@ class _Encoder:
         return self.graph.node("Relu", value)
 
     def convolution(self, value: str, layer: ConvLayer) -> str:
+        if self.tiles:
+            return self.convolution_in_tiles(self.tiles, value, layer)
         kernel, bias = folded(self.weights, layer)
         inputs = [value, self.graph.constant(kernel[:, :, None, :], f"{layer.name}.weight")]
         if layer.norm:
@@ -232,13 +318,23 @@ class _Encoder:
             self.shorten(out, layer)
         return out
 
+    def convolution_in_tiles(self, tiles: Tiles, value: str, layer: ConvLayer) -> str:
+        bias = folded_bias(self.weights, layer)
+        if layer.shape[2] == 1:
+            return tiles.pointwise(value, folded(self.weights, layer)[0][:, :, 0], bias, layer.name)
+        return tiles.convolution(
+            value, layer.shape, lambda: folded(self.weights, layer)[0], bias, layer.name, layer.dilation
+        )
+
     def residual(self, panes: list[str], layers: tuple[ConvLayer, ...]) -> str:
         parts = [folded(self.weights, layer) for layer in layers]
-        kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)[:, :, None, :]
+        kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)
         bias = np.array([bias for _, bias in parts], np.float64).sum(axis=0).astype(np.float32)
         name = layers[0].name.rsplit(".", 2)[0]
         value = panes[0] if len(panes) == 1 else self.graph.node("Concat", *panes, axis=1)
-        weight = self.graph.constant(kernel, f"{name}.weight")
+        if self.tiles:
+            return self.tiles.pointwise(value, kernel[:, :, 0], bias, name)
+        weight = self.graph.constant(kernel[:, :, None, :], f"{name}.weight")
         return self.graph.node("Conv", value, weight, self.graph.constant(bias, f"{name}.bias"), kernel_shape=[1, 1])
 
     def shorten(self, value: str, layer: ConvLayer) -> None:
@@ -286,7 +382,7 @@ class _Encoder:
         return self.graph.constant(values, f"positions_{length}")
 
     def masked_value(self, value: str) -> str:
-        return self.graph.node("Mul", value, self.mask) if self.masked else value
+        return self.graph.node("Mul", value, self.mask) if self.mask else value
 
 
 def folded(weights: Weights, layer: ConvLayer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -294,8 +390,15 @@ def folded(weights: Weights, layer: ConvLayer) -> tuple[NDArray[np.float32], NDA
     kernel = weights[f"{layer.name}.weight"]
     if not layer.norm:
         return kernel, np.zeros(layer.shape[0], np.float32)
-    gamma, beta, mean, var = (
-        weights[f"{layer.norm}.{part}"].astype(np.float64) for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma / np.sqrt(var + BATCH_NORM_EPS)
-    return (kernel * scale[:, None, None]).astype(np.float32), (beta - mean * scale).astype(np.float32)
+    return (kernel * _scale(weights, layer)[:, None, None]).astype(np.float32), folded_bias(weights, layer)
+
+
+def folded_bias(weights: Weights, layer: ConvLayer) -> NDArray[np.float32]:
+    """The bias [O] of `folded` alone."""
+    beta, mean = (weights[f"{layer.norm}.{part}"].astype(np.float64) for part in ("bias", "running_mean"))
+    return (beta - mean * _scale(weights, layer)).astype(np.float32)
+
+
+def _scale(weights: Weights, layer: ConvLayer) -> NDArray[np.float64]:
+    gamma, var = (weights[f"{layer.norm}.{part}"].astype(np.float64) for part in ("weight", "running_var"))
+    return np.asarray(gamma / np.sqrt(var + BATCH_NORM_EPS))
