@@ -590,12 +590,31 @@ def test_eager_torch_is_a_row(monkeypatch):
     assert json.loads(json.dumps(comparison.as_dict()))["rows"][1]["speed"]["median"] > 0
 
 
+def test_kinds_of_convolution_are_rows():
+    engines = [Engine(), Engine("ort", None, "spectral")]
+    comparison = compare(CHECKPOINT, engines, QUICK, config=tiny_config(), threads=1)
+    direct, spectral = comparison.rows
+    assert (direct.engine, spectral.engine) == ("ort", "ort:spectral")
+    assert direct.check.difference == 0  # it is the reference
+    assert 0 < spectral.check.difference < 1e-4
+
+
+def test_torch_has_no_kinds():
+    with pytest.raises(UsageError, match=r"^engine torch:bf16: torch takes no precision or convolution; leave them"):
+        compare(CHECKPOINT, [Engine("torch", "bf16")], QUICK, config=tiny_config())
+
+
 @pytest.mark.parametrize(
     ("engines", "message"),
     [
         ([], "compare: name at least one engine, and each only once"),
         ([Engine(), Engine()], "compare: name at least one engine, and each only once"),
         ([Engine("torch")], "tiny.onnx: engine torch runs checkpoints; give a .pt or .safetensors"),
+        (
+            [Engine("ort", None, "spectral")],
+            "tiny.onnx: keeps the convolutions it was exported with; give a checkpoint",
+        ),
+        ([Engine("ort", "bf16")], "backend ort: takes no precision; leave it out"),
     ],
 )
 def test_comparisons_that_are_none(onnx, engines, message):

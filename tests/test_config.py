@@ -211,8 +211,8 @@ def positive_network(config: ModelConfig) -> bytes:
 BLOCKS = "jasper.encoder.blocks"
 BANK = "input_val.filterbank_features"
 KNOWN_BANK = (
-    "dither, frame_splicing, highfreq, lowfreq, max_duration, n_fft, n_filt, normalize, pad_align, "
-    "pad_to_max_duration, preemph, sample_rate, window, window_size, window_stride"
+    "dither, frame_count, frame_splicing, highfreq, log_guard, lowfreq, max_duration, n_fft, n_filt, normalize, "
+    "pad_align, pad_mode, pad_to_max_duration, preemph, sample_rate, window, window_size, window_stride"
 )
 KNOWN_BLOCK = "dilation, dropout, filters, kernel_size, repeat, residual, residual_dense, separable, stride"
 

@@ -421,7 +421,7 @@ def test_models_that_are_none(tmp_path):
     cases = {
         tmp_path: (StorageError, "is a folder; give the model file in it"),
         tmp_path / "none.onnx": (StorageError, "no such model; give a file, or a built-in name (mini)"),
-        tmp_path / "m.doc": (ModelError, "unknown kind of model; give .onnx, .om, .pt or .safetensors"),
+        tmp_path / "m.doc": (ModelError, "unknown kind of model; give .onnx, .om, .pt, .nemo or .safetensors"),
     }
     for path, (kind, message) in cases.items():
         with pytest.raises(kind) as caught:

@@ -390,8 +390,8 @@ def test_models_without_marks_of_a_sentence(tmp_path, mark):
         (gzip.compress(ARPA.encode())[:40], "damaged gzip file; copy or make it again"),
         (b"\x1f\x8bgarbage", "damaged gzip file; copy or make it again"),
         (
-            b"mmap lm http://kheafield.com/code format version 5\n\x00\xff",
-            "is a binary of KenLM; give the ARPA file that it was built from",
+            b"mmap lm http://kheafield.com/code format version 5\n\x00\x00\xff",
+            "damaged KenLM binary; copy or build it again",
         ),
     ],
 )

@@ -410,9 +410,7 @@ def test_nothing_is_written_and_other_names_are_not_ours(tiny, tmp_path):
     path = write_tar(home / "m.nemo", *(member(name, config) for name in names))
     with pytest.raises(ModelError) as caught:
         load_checkpoint(path)
-    assert str(caught.value) == (
-        f"{path}: holds no model_config.yaml and no model_weights.ckpt; is it a NeMo archive?"
-    )
+    assert str(caught.value) == (f"{path}: holds no model_config.yaml and no model_weights.ckpt; is it a NeMo archive?")
     assert [file.name for file in tmp_path.rglob("*")] == ["home", "m.nemo"]
 
 
@@ -540,7 +538,11 @@ def test_front_end_fields_are_checked(tiny):
     import copy
 
     for key, value, message in [
-        ("pad_mode", "wrap", "key input_val.filterbank_features.pad_mode: 'wrap' is not supported; use reflect or const"),
+        (
+            "pad_mode",
+            "wrap",
+            "key input_val.filterbank_features.pad_mode: 'wrap' is not supported; use reflect or const",
+        ),
         ("frame_count", 3, "key input_val.filterbank_features.frame_count: must be text, not int"),
         ("log_guard", 0, "key input_val.filterbank_features.log_guard: must be above 0"),
     ]:

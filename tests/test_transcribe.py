@@ -1,4 +1,5 @@
 import math
+import time
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_neighbours_in_a_batch_have_similar_lengths(clips):
     lens = [call[1] for call in backend.calls]
     assert [len(row) for row in lens] == [4, 4, 4, 4, 1]
     frames = [math.ceil(16_000 * seconds / 160 - 1e-9) for seconds in SECONDS]
-    assert np.concatenate(lens).tolist() == sorted(frames)
+    assert np.concatenate(lens).tolist() == sorted(frames, reverse=True)  # what is left at the end: longest first
 
 
 def test_a_static_batch_is_filled_up_with_silence(clips):
@@ -191,6 +192,50 @@ def test_log_probs_of_nothing(models):
         log_probs, lens = transcriber.log_probs([])
         assert (log_probs.shape, lens.shape) == ((0, 0, 29), (0,))
         assert list(transcriber.transcribe_many([])) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_order_and_failures_survive_slow_decoding(clips, tmp_path, batch_size):
+    """Decoding runs beside the network, in a thread; one that fails, fails alone."""
+
+    def decoder(rows):
+        time.sleep(0.02 if len(rows) % 3 else 0.0)
+        if len(rows) == 15:  # clip 13
+            raise UsageError("no")
+        return str(len(rows))
+
+    transcriber = Transcriber(Recorder(), batch_size=batch_size, decoder=decoder, trim_silence=False)
+    done = []
+    sources = [clips[0], tmp_path / "none.wav", *clips[1:]]
+    results = list(transcriber.transcribe_many(sources, progress=done.append))
+    texts = [None if isinstance(result, Failure) else int(result.text) for result in results]
+    expected = [math.ceil(seconds * 50 - 1e-9) for seconds in SECONDS]
+    expected[SECONDS.index(0.3)] = None
+    assert texts == [expected[0], None, *expected[1:]]
+    assert sum(done) == pytest.approx(sum(SECONDS) - 0.3)
+    assert len(done) == len(results)
+
+
+def test_leaving_early_stops_the_decoding(clips):
+    decoded = []
+    transcriber = Transcriber(Recorder(), decoder=lambda rows: decoded.append(1) or "x", trim_silence=False)
+    results = transcriber.transcribe_many(clips * 5)
+    next(results)
+    results.close()
+    assert len(decoded) < 5
+
+
+def test_batches_do_not_mix_gears(clips):
+    """Utterances wait for others of their gear; only the last batch is mixed."""
+    gears = ((2, 60), (2, 120), (2, 300))
+    backend = Recorder(Shapes(2, 300, masked=True, gears=gears))
+    results = list(Transcriber(backend, batch_size=2, trim_silence=False).transcribe_many(clips * 4))
+    with_none = list(Transcriber(Recorder(), trim_silence=False).transcribe_many(clips * 4))
+    assert [result.text for result in results] == [result.text for result in with_none]
+    shapes = [call[0].shape[2] for call in backend.calls]
+    for frames, lens in zip(shapes[:-3], (call[1] for call in backend.calls), strict=False):
+        assert frames == min(limit for _, limit in gears if limit >= lens.min())
+    assert len(backend.calls) == len(clips) * 4 // 2
 
 
 def test_many_come_in_chunks_so_memory_stays_flat(clips):

@@ -11,6 +11,7 @@ frame by frame, each with its probability of ending in a blank and of ending in 
 
 The model scores a word when it ends. Until then its prefix counts as the likeliest word that begins so (as a
 single word, without context): else words would start for free, and be paid for when the beam has already chosen.
+In the same way the words that begin a phrase among the hotwords lend it a share of its weight, until it is whole.
 """
 
 import math
@@ -49,10 +50,10 @@ def beam_search(
 class BeamSearch:
     """The search with its options, and what it has learnt of the vocabulary: make one, call it for every utterance.
 
-    Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives single words a score, added for
-    each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there unless it is
+    Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives words, and phrases of several, a
+    score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there unless it is
     the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
-    Raises UsageError for a hotword that is not one word, and for a beam without width.
+    Raises UsageError for a hotword that cannot be said or has no number for its weight, and for a beam without width.
     """
 
     def __init__(
@@ -86,6 +87,15 @@ class BeamSearch:
         return _finish(beam, offset, scorer)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """The WER, a fraction, that a pair of weights gives."""
+
+    lm_weight: float
+    word_bonus: float
+    wer: float
+
+
 def tune(
     log_probs: Sequence[NDArray[np.floating]],
     references: Sequence[str],
@@ -94,20 +104,14 @@ def tune(
     grid: Iterable[tuple[float, float]],
     *,
     beam_width: int = 64,
-) -> tuple[float, float, float]:
-    """The (lm_weight, word_bonus) of `grid` with the lowest WER on utterances [T', n_classes], and that WER.
-
-    The WER is a fraction; of equals the first in the grid wins.
-    """
-    best = (math.nan, math.nan, math.inf)
+) -> Iterator[Trial]:
+    """What each (lm_weight, word_bonus) of `grid` gives on utterances [T', n_classes]."""
     for weight, bonus in grid:
         search = BeamSearch(labels, lm=lm, beam_width=beam_width, lm_weight=weight, word_bonus=bonus)
         counts = EditCounts(0, 0, 0, 0)
         for rows, reference in zip(log_probs, references, strict=True):
             counts += count_word_edits(reference, search(rows, len(rows))[0].text)
-        if counts.rate < best[2]:
-            best = (weight, bonus, counts.rate)
-    return best
+        yield Trial(weight, bonus, counts.rate)
 
 
 _TIDY_EVERY = 256  # frames; bounds the memory of hours of audio
@@ -126,6 +130,18 @@ class _Spelling:
         self.children: dict[int, _Spelling] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What finished words mean to those that follow: the language model's state, and the phrase that they begin.
+
+    `begun` are the last words, as many as a phrase among the hotwords begins with; `hope` is its weight's share.
+    """
+
+    state: State
+    begun: tuple[str, ...] = ()
+    hope: float = 0.0
+
+
 class _Prefix:
     """A node in the tree of texts: its parent's text and one more label. The root counts as ending in a space.
 
@@ -134,16 +150,19 @@ class _Prefix:
     """
 
     __slots__ = (
-        "children", "frame", "label", "next_blank", "next_label", "p_blank", "p_label", "parent", "promise", "settled",
-        "spelling", "state", "word",
+        "children", "context", "frame", "hoped", "label", "next_blank", "next_label", "p_blank", "p_label", "parent",
+        "promise", "settled", "spelling", "word",
     )  # fmt: skip
 
-    def __init__(self, parent: "_Prefix | None", label: int, spelling: _Spelling, state: State, settled: float) -> None:
-        self.parent, self.label, self.spelling, self.state = parent, label, spelling, state
+    def __init__(
+        self, parent: "_Prefix | None", label: int, spelling: _Spelling, context: "_Context", settled: float
+    ) -> None:
+        self.parent, self.label, self.spelling, self.context = parent, label, spelling, context
         self.settled = settled  # the score of the finished words
-        self.promise = settled + spelling.ahead
+        self.hoped = settled + context.hope
+        self.promise = self.hoped + spelling.ahead
         self.children: dict[int, _Prefix] = {}
-        self.word: tuple[State, float] | None = None  # what ending the word here gives, once it is asked for
+        self.word: tuple[_Context, float] | None = None  # what ending the word here gives, once it is asked for
         self.frame = -1
         self.p_blank = self.p_label = self.next_blank = self.next_label = 0.0
 
@@ -160,10 +179,10 @@ class _Scorer:
         unknown_penalty: float,
         hotwords: Mapping[str, float],
     ) -> None:
-        for word in hotwords:
-            if [word] != word.split():
-                raise UsageError(f"hotword {word!r}: must be one word; give each word its own weight")
-        self.lm, self.labels, self.hotwords = lm, labels, hotwords
+        _check_hotwords(hotwords, labels)
+        self.lm, self.labels = lm, labels
+        self.hotwords = {word: weight for word, weight in hotwords.items() if " " not in word}
+        self.phrases = {tuple(words.split()): weight for words, weight in hotwords.items() if " " in words}
         self.lm_weight, self.word_bonus, self.unknown_penalty = lm_weight, word_bonus, unknown_penalty
         self.space = labels.index(" ") if " " in labels else -1
         self.words: Sequence[str] = lm.words if lm else ()
@@ -176,23 +195,41 @@ class _Scorer:
         if self.spellings > _MOST_SPELLINGS:
             self.empty.children.clear()
             self.spellings = 0
-        prefix = _Prefix(None, self.space, self.empty, self.lm.start() if self.lm else (), 0.0)
+        prefix = _Prefix(None, self.space, self.empty, _Context(self.lm.start() if self.lm else ()), 0.0)
         prefix.p_blank = 1.0
         return prefix
 
-    def ended(self, prefix: _Prefix) -> tuple[State, float]:
-        """`word` for the word that `prefix` ends with."""
+    def ended(self, prefix: _Prefix) -> tuple[_Context, float]:
+        """The context after the word that `prefix` ends with, and what the word scores."""
         if prefix.word is None:
-            prefix.word = self.word(prefix.state, prefix.spelling.text)
+            context, word = prefix.context, prefix.spelling.text
+            state, score = self.word(context.state, word)
+            begun, hope = (), 0.0
+            if self.phrases:
+                begun, hope, said = self.follow((*context.begun, word))
+                score += said
+            prefix.word = _Context(state, begun, hope), score
         return prefix.word
+
+    def follow(self, words: tuple[str, ...]) -> tuple[tuple[str, ...], float, float]:
+        """`begun` and `hope` after `words`, and the weights of the phrases that end with them."""
+        begun, hope, said = (), 0.0, 0.0
+        for phrase, weight in self.phrases.items():
+            if words[-len(phrase) :] == phrase:
+                said += weight
+            for length in range(1, len(phrase)):
+                if words[-length:] == phrase[:length]:
+                    begun = max(begun, phrase[:length], key=len)
+                    hope = max(hope, weight * length / len(phrase))
+        return begun, hope, said
 
     def extend(self, prefix: _Prefix, label: int) -> _Prefix:
         """A new child of `prefix`; a space ends the word."""
         if label == self.space:
-            state, score = self.ended(prefix)
-            child = _Prefix(prefix, label, self.empty, state, prefix.settled + score)
+            context, score = self.ended(prefix)
+            child = _Prefix(prefix, label, self.empty, context, prefix.settled + score)
         else:
-            child = _Prefix(prefix, label, self.spell(prefix.spelling, label), prefix.state, prefix.settled)
+            child = _Prefix(prefix, label, self.spell(prefix.spelling, label), prefix.context, prefix.settled)
         prefix.children[label] = child
         return child
 
@@ -208,11 +245,11 @@ class _Scorer:
 
     def end(self, prefix: _Prefix) -> float:
         """What all words of a text that ends here score, and its end."""
-        state, score = prefix.state, prefix.settled
+        context, score = prefix.context, prefix.settled
         if prefix.spelling.text:
-            state, last = self.ended(prefix)
+            context, last = self.ended(prefix)
             score += last
-        return score + self.lm_weight * self.lm.finish(state) if self.lm else score
+        return score + self.lm_weight * self.lm.finish(context.state) if self.lm else score
 
     def spell(self, spelling: _Spelling, label: int) -> _Spelling:
         """`spelling` with one more letter."""
@@ -237,6 +274,16 @@ class _Scorer:
             if word.startswith(text):  # its weight comes letter by letter, or each first letter would fill the beam
                 best = max(best, self.word((), word)[1] - weight * (1 - len(text) / len(word)))
         return best
+
+
+def _check_hotwords(hotwords: Mapping[str, float], labels: Sequence[str]) -> None:
+    for words, weight in hotwords.items():
+        if not words or words != " ".join(words.split()):
+            raise UsageError(f"hotword {words!r}: must be a word, or words with single spaces between them")
+        if strange := [letter for letter in words if letter not in labels]:
+            raise UsageError(f"hotword {words!r}: the model does not write {strange[0]!r}; spell it in its letters")
+        if not math.isfinite(weight):
+            raise UsageError(f"hotword {words!r}: its weight {weight} must be a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +327,7 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
         prefix.next_blank += total * p_blank
         # where a word is yet to begin, spaces change nothing, with blanks between them or not
         prefix.next_label += total * p_space if last == space else prefix.p_label * probs[last]
-        settled, spelling = prefix.settled, prefix.spelling
+        hoped, spelling = prefix.hoped, prefix.spelling
         children, spellings = prefix.children, prefix.spelling.children
         for label, prob in choices:
             if label == last:
@@ -297,10 +344,11 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
                 child.next_label += gain
             elif gain:
                 if label == space:
-                    promise = scorer.ended(prefix)[1]
+                    context, score = scorer.ended(prefix)
+                    promise = prefix.settled + score + context.hope
                 else:
-                    promise = (spellings.get(label) or scorer.spell(spelling, label)).ahead
-                ranked.append((math.log(gain) + settled + promise, prefix, label, gain))
+                    promise = hoped + (spellings.get(label) or scorer.spell(spelling, label)).ahead
+                ranked.append((math.log(gain) + promise, prefix, label, gain))
     for prefix in active:
         if total := prefix.next_blank + prefix.next_label:
             ranked.append((math.log(total) + prefix.promise, prefix, -1, total))

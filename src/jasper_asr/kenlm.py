@@ -12,8 +12,10 @@ table only holds hashes, which cannot be turned back into words: it can be asked
 import struct
 from dataclasses import dataclass
 from mmap import mmap
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 Buffer = bytes | mmap
@@ -68,7 +70,7 @@ class HashTable:
         """That all values are finite. Raises ValueError."""
         values = (self._entry.size - 8) // 4
         entry = np.dtype([("key", "<u8"), ("values", "<f4", (values,))])
-        entries = np.frombuffer(self._data, entry, self._buckets, self._start)
+        entries = _array(self._data, entry, self._buckets, self._start)
         for column in range(values):
             _check_finite(entries["values"][:, column])
 
@@ -133,6 +135,13 @@ def _align(size: int) -> int:
     return -(-size // 8) * 8
 
 
+def _array(data: Buffer | NDArray[np.uint8], kind: npt.DTypeLike, count: int, start: int) -> NDArray[Any]:
+    """`count` values from byte `start` on. Raises ValueError where the file has no such part."""
+    if count * np.dtype(kind).itemsize > len(data) - start:
+        raise ValueError(_DAMAGED)
+    return np.frombuffer(data, kind, count, start)
+
+
 def _read_words(data: Buffer, start: int) -> list[str]:
     """The vocabulary, which ends the file, each word with a null byte."""
     *words, rest = bytes(data[start:]).split(b"\0")
@@ -155,7 +164,7 @@ def _check_finite(values: Float32) -> None:
 def _read_tables(data: Buffer, header: _Header) -> HashedNgrams:
     counts = header.counts
     start = header.size + 8 + _buckets(counts[0], header.multiplier) * 12
-    unigrams = np.frombuffer(data, "<f4", 2 * (counts[0] + 1), start).reshape(-1, 2)
+    unigrams = _array(data, "<f4", 2 * (counts[0] + 1), start).reshape(-1, 2)
     start += unigrams.nbytes
     tables = []
     for order, count in enumerate(counts[1:], start=2):
@@ -198,7 +207,7 @@ def _read_trie(data: Buffer, header: _Header) -> Ngrams:
     books = None
     if header.kind in _QUANTISED:
         books, start = _read_books(data, start, order)
-    unigrams = np.frombuffer(data, [("log_prob", "<f4"), ("backoff", "<f4"), ("next", "<u8")], counts[0] + 1, start)
+    unigrams = _array(data, [("log_prob", "<f4"), ("backoff", "<f4"), ("next", "<u8")], counts[0] + 1, start)
     start += (counts[0] + 2) * unigrams.itemsize
     most_chopped = data[start + 1] if header.kind in _ARRAY else 0
     grams = [np.arange(counts[0])[:, None]]
@@ -235,7 +244,7 @@ def _read_books(data: Buffer, start: int, order: int) -> tuple[_Books, int]:
     backoffs: list[Float32] = []
     for n in range(2, order + 1):
         for bits, values in ((prob_bits, probs), (backoff_bits, backoffs))[: 2 if n < order else 1]:
-            values.append(np.frombuffer(data, "<f4", 1 << bits, start))
+            values.append(_array(data, "<f4", 1 << bits, start))
             start += 4 << bits
     return _Books(prob_bits, backoff_bits, probs, backoffs), start
 
@@ -263,7 +272,7 @@ class _Level:
                 self._next_bits -= chopped
                 size = (counts[n] >> self._next_bits) + 1
                 aligned = _align(start) + 8
-                self._offsets = np.frombuffer(data, "<u8", size, aligned).astype(np.int64)
+                self._offsets = _array(data, "<u8", size, aligned).astype(np.int64)
                 start += 8 * (1 + size) + 7
         self._start = start
         self._total = self._word_bits + self._value_bits + self._next_bits

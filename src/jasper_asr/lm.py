@@ -433,14 +433,11 @@ def _levels(
     for n, word in enumerate(words):
         top = n + 1 == len(words)
         nodes = np.arange(len(word) + 1)
-        levels.append(
-            Level(
-                word.astype(np.int32),
-                log_probs[n].astype(np.float32),
-                np.zeros(len(word), np.float32) if top else backoffs[n].astype(np.float32),
-                nodes * 0 if top else np.searchsorted(parents[n + 1], nodes),
-            )
-        )
+        with np.errstate(over="ignore"):  # infinity is an error of whoever read the values
+            prob = log_probs[n].astype(np.float32)
+            backoff = np.zeros(len(word), np.float32) if top else backoffs[n].astype(np.float32)
+        first = nodes * 0 if top else np.searchsorted(parents[n + 1], nodes)
+        levels.append(Level(word.astype(np.int32), prob, backoff, first))
     return levels
 
 

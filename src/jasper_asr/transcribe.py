@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +86,7 @@ class Transcriber:
 
     `batch_size` is how many utterances `transcribe_many` gives the network at once; 1 runs each at its exact length.
     `decoder` turns an utterance's log_probs [T', n_classes] into text; by default the best path.
+    `with_lm` says that a language model has a say in it, which changes how confident its words are.
     `words` adds times and confidences of words. Audio longer than two minutes, or than the model takes, goes through
     the network in windows with exact halos; `chunk_seconds` sets another length of windows, and `halo_seconds` below
     half the receptive field makes the result approximate.
@@ -101,6 +101,7 @@ class Transcriber:
         pad_to: float | None = None,
         limits: audio.AudioLimits = audio.DEFAULT_LIMITS,
         decoder: Decoder | None = None,
+        with_lm: bool = False,
         words: bool = False,
         chunk_seconds: float | None = None,
         halo_seconds: float | None = None,
@@ -111,7 +112,7 @@ class Transcriber:
         self.batch_size = backend.shapes.batch_size or batch_size
         self.trim_silence = self.config.dataset.trim_silence if trim_silence is None else trim_silence
         self.limits = limits
-        self.words = words
+        self.words, self._with_lm = words, with_lm
         stride = self.config.features.window_stride
         self._halo = exact_halo(self.config) if halo_seconds is None else round(halo_seconds / stride)
         self._window = backend.shapes.frames or max(LONGEST_PASS, 4 * self._halo)
@@ -149,7 +150,8 @@ class Transcriber:
 
     def transcribe(self, source: Source | Clip) -> Transcript:
         """Transcribe one utterance. Raises AudioError, StorageError or ModelError."""
-        return self._decode([self._prepare(0, source)])[0]
+        item = self._prepare(0, source)
+        return self._transcript(item, self._run([item])[0])
 
     def transcribe_many(
         self,
@@ -161,15 +163,29 @@ class Transcriber:
     ) -> Iterator[Result]:
         """Results in the order of `sources`; one that cannot be read or run is a Failure and stops nobody else.
 
-        With a batch size above 1 neighbours of similar length are run together, so results come in chunks.
-        `progress` is called once for every utterance, with the seconds of audio that it holds: 0 if unreadable;
-        `heard` with the seconds that went through the network, many times in a long file. While the network runs the
-        next `jobs` sources are read and decoded, each in a thread.
+        With a batch size above 1 utterances of similar length are run together, so results come in bursts; for a model
+        with gears those of one gear are. `progress` is called once for every result, with the seconds of audio that it
+        holds: 0 if unreadable; `heard` with the seconds that went through the network, many times in a long file.
+        While the network runs, a thread decodes what it gave before, and the next `jobs` sources are read and get
+        their features, each in a thread.
         """
-        chunk_size = self.batch_size * 16 if self.batch_size > 1 else 1
-        items = self._prepared(sources, jobs)
-        while results := self._chunk(islice(items, chunk_size), progress, heard):
-            yield from results
+        decoding = ThreadPoolExecutor(1)
+        results: dict[int, Future[Result]] = {}
+        undecoded: deque[Future[Result]] = deque()
+        position = 0
+        try:
+            for index, result in self._run_many(self._prepared(sources, jobs), decoding, heard):
+                results[index] = result
+                undecoded.append(result)
+                while len(undecoded) > self.batch_size:  # the thread is behind: its log_probs must not pile up
+                    undecoded.popleft().exception()
+                while position in results and results[position].done():
+                    yield _finished(results.pop(position), progress)
+                    position += 1
+            for position in sorted(results):
+                yield _finished(results[position], progress)
+        finally:
+            decoding.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Give back the runtime's memory."""
@@ -183,46 +199,63 @@ class Transcriber:
     ) -> None:
         self.close()
 
-    def _chunk(
-        self,
-        items: Iterable["_Ready | Failure"],
-        progress: Callable[[float], None] | None,
-        heard: Callable[[float], None] | None,
-    ) -> list[Result]:
-        results: list[Result | None] = []
-        ready: list[_Ready] = []
-
-        def finish(batch: list[_Ready]) -> None:
-            for item, result in zip(batch, self._batch(batch, heard), strict=True):
-                results[item.index] = result
-                if progress:
-                    progress(item.seconds)
-
+    def _run_many(
+        self, items: Iterable["_Ready | Failure"], decoding: ThreadPoolExecutor, heard: Callable[[float], None] | None
+    ) -> Iterator[tuple[int, Future[Result]]]:
+        """(position, result to come) of each of `items`, when the network is done with it."""
+        room = self.batch_size * 16 if self.batch_size > 1 else 1
+        pending: list[_Ready] = []
         for index, item in enumerate(items):
-            results.append(None)
             if isinstance(item, Failure):
-                results[index] = item
-                if progress:
-                    progress(0.0)
+                yield index, _known(item)
                 continue
             item = replace(item, index=index)
             if isinstance(item.feats, LongFeatures):
-                finish([item])  # at once: the samples of many would fill the memory
-            else:
-                ready.append(item)
-        ready.sort(key=lambda item: item.frames)
-        for start in range(0, len(ready), self.batch_size):
-            finish(ready[start : start + self.batch_size])
-        return [result for result in results if result is not None]
+                yield from self._run_batch([item], decoding, heard)  # at once: many would fill the memory
+                continue
+            pending.append(item)
+            if len(pending) >= room:
+                batches, pending = self._full_batches(pending)
+                for batch in batches:
+                    yield from self._run_batch(batch, decoding, heard)
+        pending.sort(key=lambda item: item.frames, reverse=True)
+        for start in range(0, len(pending), self.batch_size):
+            yield from self._run_batch(pending[start : start + self.batch_size], decoding, heard)
 
-    def _batch(self, batch: list["_Ready"], heard: Callable[[float], None] | None) -> list[Result]:
-        """Results of a batch; if it fails, each utterance is tried alone, so that only the guilty ones fail."""
+    def _full_batches(self, pending: list["_Ready"]) -> tuple[list[list["_Ready"]], list["_Ready"]]:
+        """Batches of similar length, none of which mixes gears, and what is left over."""
+        groups: dict[int, list[_Ready]] = {}
+        for item in sorted(pending, key=lambda item: item.frames):
+            gear = min((frames for _, frames in self._backend.shapes.gears if frames >= item.frames), default=0)
+            groups.setdefault(gear, []).append(item)
+        batches, left = [], []
+        for group in groups.values():
+            whole = len(group) // self.batch_size * self.batch_size
+            batches += [group[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
+            left += group[whole:]
+        return batches, left
+
+    def _run_batch(
+        self, batch: list["_Ready"], decoding: ThreadPoolExecutor, heard: Callable[[float], None] | None
+    ) -> Iterator[tuple[int, Future[Result]]]:
+        """As `_run_many`; if a batch fails, each utterance is tried alone, so that only the guilty ones fail."""
         try:
-            return list(self._decode(batch, heard))
+            rows = self._run(batch, heard)
         except JasperError as error:
             if len(batch) == 1:
-                return [Failure(error)]
-        return [result for item in batch for result in self._batch([item], heard)]
+                yield batch[0].index, _known(Failure(error))
+            else:
+                for item in batch:
+                    yield from self._run_batch([item], decoding, heard)
+            return
+        for item, row in zip(batch, rows, strict=True):
+            yield item.index, decoding.submit(self._result, item, row)
+
+    def _result(self, item: "_Ready", row: Float32) -> Result:
+        try:
+            return self._transcript(item, row)
+        except JasperError as error:
+            return Failure(error)
 
     def _prepared(self, sources: Iterable[Source | Clip], jobs: int) -> Iterator["_Ready | Failure"]:
         """Each source with its features, `jobs` of them ahead of the one that is asked for."""
@@ -267,17 +300,16 @@ class Transcriber:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found not finite
                 if self._goes_in_windows(frames):
                     return _Ready(index, name, LongFeatures(samples, self.feature_config), frames, seconds)
-                return _Ready(index, name, *self.features(samples), seconds)
+                feats, frames = self.features(samples)
+                if self._backend.shapes.frames:
+                    feats = feats[:, :frames].copy()  # what it is padded to is made when it runs, not held by many
+                return _Ready(index, name, feats, frames, seconds)
         except ValueError as error:
             raise AudioError(f"{name}: {error}; full scale is 1.0") from error
 
     def _goes_in_windows(self, frames: int) -> bool:
         shapes = self._backend.shapes
         return frames > self._window and (shapes.masked or not shapes.frames)
-
-    def _decode(self, batch: list["_Ready"], heard: Callable[[float], None] | None = None) -> list[Transcript]:
-        rows = self._run(batch, heard)
-        return [self._transcript(item, row) for item, row in zip(batch, rows, strict=True)]
 
     def _transcript(self, item: "_Ready", row: Float32) -> Transcript:
         text = self._decoder(row)
@@ -290,6 +322,7 @@ class Transcriber:
             seconds_per_frame=self.config.frame_seconds,
             duration=item.seconds,
             offset=item.offset,
+            with_lm=self._with_lm,
         )
         return Transcript(text, item.seconds, words)
 
@@ -358,6 +391,19 @@ class Transcriber:
             packed[index, :, :length] = feat[:, :length]
             lens[index] = length
         return packed, lens
+
+
+def _known(result: Result) -> Future[Result]:
+    future: Future[Result] = Future()
+    future.set_result(result)
+    return future
+
+
+def _finished(result: Future[Result], progress: Callable[[float], None] | None) -> Result:
+    done = result.result()
+    if progress:
+        progress(done.duration if isinstance(done, Transcript) else 0.0)
+    return done
 
 
 @dataclass(frozen=True)
@@ -432,6 +478,7 @@ def load(
         trim_silence=trim_silence,
         pad_to=pad_to,
         decoder=decoder,
+        with_lm=lm is not None,
         words=words,
         chunk_seconds=chunk_seconds,
         halo_seconds=halo_seconds,

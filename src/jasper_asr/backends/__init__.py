@@ -69,7 +69,14 @@ BACKENDS = {
 }
 
 
-def open_backend(name: str, model: Path | bytes, *, threads: int | None = None, device: int | None = None) -> Backend:
+def open_backend(
+    name: str,
+    model: Path | bytes,
+    *,
+    threads: int | None = None,
+    device: int | None = None,
+    precision: str | None = None,
+) -> Backend:
     """The backend `name` with `model`: a file, or the bytes of an ONNX. Raises UsageError, StorageError or ModelError.
 
     An option that is None is left to the backend; one that it does not know is a UsageError.
@@ -78,7 +85,8 @@ def open_backend(name: str, model: Path | bytes, *, threads: int | None = None, 
         raise UsageError(f"backend {name!r}: choose one of {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
     factory: Callable[..., Backend] = getattr(import_module(module), attribute)
-    options = {key: value for key, value in {"threads": threads, "device": device}.items() if value is not None}
+    given = {"threads": threads, "device": device, "precision": precision}
+    options = {key: value for key, value in given.items() if value is not None}
     if unknown := options.keys() - signature(factory).parameters.keys():
         raise UsageError(f"backend {name}: takes no {', '.join(sorted(unknown))}; leave it out")
     return factory(model, **options)

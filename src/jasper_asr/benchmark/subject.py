@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from jasper_asr.benchmark.report import Check, Copies, Engine, Rounds, Workload
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, UsageError
 from jasper_asr.model.checkpoint import Checkpoint, file_sha256, load_checkpoint
-from jasper_asr.model.export import graph_bytes, resolve_model
+from jasper_asr.model.export import graph_bytes, graph_source, resolve_model
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -52,15 +53,23 @@ class Source:
     checkpoint: Checkpoint | None
 
     def open(self, engine: Engine, *, masked: bool, threads: int | None, device: int | None) -> Backend:
-        if engine.precision or engine.convolution:
-            raise UsageError(f"engine {engine}: backend {engine.backend} takes no precision or convolution")
-        if engine.backend == "torch":
-            if self.checkpoint is None:
-                raise UsageError(f"{self.name}: engine torch runs checkpoints; give a .pt or .safetensors")
-            return _TorchBackend(self.checkpoint, threads)
-        model = self.path if self.checkpoint is None else graph_bytes(self.checkpoint, masked=masked)
         # number 0 is what every backend takes by itself, also one that knows no devices
-        return open_backend(engine.backend, model, threads=threads, device=device or None)
+        options: dict[str, Any] = {"threads": threads, "device": device or None, "precision": engine.precision}
+        if engine.backend == "torch":
+            return self._open_torch(engine, threads)
+        if self.checkpoint is None:
+            if engine.convolution:
+                raise UsageError(f"{self.name}: keeps the convolutions it was exported with; give a checkpoint")
+            return open_backend(engine.backend, self.path, **options)
+        with graph_source(self.checkpoint, masked=masked, convolution=engine.convolution or "direct") as model:
+            return open_backend(engine.backend, model, **options)
+
+    def _open_torch(self, engine: Engine, threads: int | None) -> Backend:
+        if self.checkpoint is None:
+            raise UsageError(f"{self.name}: engine torch runs checkpoints; give a .pt or .safetensors")
+        if engine.precision or engine.convolution:
+            raise UsageError(f"engine {engine}: torch takes no precision or convolution; leave them out")
+        return _TorchBackend(self.checkpoint, threads)
 
 
 def prepare(
