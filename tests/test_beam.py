@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jasper_asr import beam
-from jasper_asr.beam import BeamSearch, Hypothesis, beam_search, tune
+from jasper_asr.beam import BeamSearch, Hypothesis, Trial, beam_search, tune
 from jasper_asr.decode import greedy
 from jasper_asr.errors import UsageError
 from jasper_asr.lm import estimate
@@ -33,7 +33,10 @@ def texts_by_enumeration(log_probs, labels):
 def word_scores(text, lm, lm_weight, word_bonus, unknown_penalty, hotwords):
     """What a text scores beyond its acoustic part, by the definition in the module's docstring."""
     words = text.split()
-    total = sum(hotwords.get(word, 0.0) for word in words)
+    total = 0.0
+    for hotword, weight in hotwords.items():
+        parts = hotword.split()
+        total += weight * sum(words[i : i + len(parts)] == parts for i in range(len(words)))
     if lm:
         total += lm_weight * lm.score(words) + word_bonus * len(words)
         total -= unknown_penalty * sum(word not in lm for word in words)
@@ -74,7 +77,11 @@ def test_unlimited_beam_equals_enumeration(frames, seed, labels, spread):
     st.floats(0, 3),
     st.floats(-3, 5),
     st.floats(0, 6),
-    st.dictionaries(st.text("ab", min_size=1, max_size=3), st.floats(-2, 6), max_size=3),
+    st.dictionaries(
+        st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=3).map(" ".join),
+        st.floats(-2, 6),
+        max_size=3,
+    ),
     st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
@@ -176,6 +183,48 @@ def test_every_saying_of_a_hotword_counts():
     assert hot.acoustic == pytest.approx(plain.acoustic)
 
 
+def test_phrases_count_where_all_their_words_stand_together():
+    path = "a a b a a a b"
+    plain = beam_search(spell(path, FEW), len(path), FEW)[0]
+    for phrase, said in {"a b": 2, "a a": 3, "a a b": 2, "b a": 1, "a a a": 1, "b b": 0, "aa b": 0}.items():
+        hot = beam_search(spell(path, FEW), len(path), FEW, hotwords={phrase: 1.5})[0]
+        assert hot.text == path
+        assert hot.score - plain.score == pytest.approx(1.5 * said)
+
+
+def test_a_phrase_wins_where_the_sound_nearly_allows_it():
+    log_probs = between("the cut sat", "the kit sat", 0.55)
+
+    def best(**options):
+        return beam_search(log_probs, 11, LABELS, **options)[0].text
+
+    assert best() == "the cut sat"
+    assert best(hotwords={"kit sat": 3.0}) == "the kit sat"
+    assert best(hotwords={"the kit sat": 3.0}) == "the kit sat"
+    assert best(hotwords={"kit on": 9.0}) == "the cut sat"
+    assert best(hotwords={"the kit": 3.0, "kit sat": -3.0}) == "the cut sat"
+
+
+def test_what_the_words_of_a_phrase_lend_it():
+    follow = beam._Scorer(None, LABELS, 0.5, 1.5, 4.0, {"kit sat": 6.0, "the kit sat on": 8.0, "kit on": -9.0}).follow
+    assert follow(("zoo", "the", "kit")) == (("the", "kit"), 4.0, 0.0)
+    assert follow(("the", "kit", "sat")) == (("the", "kit", "sat"), 6.0, 6.0)
+    assert follow(("cat", "kit")) == (("kit",), 3.0, 0.0)
+    assert follow(("kit", "on")) == ((), 0.0, -9.0)
+    assert follow(("kit", "zoo")) == ((), 0.0, 0.0)
+
+
+def test_the_first_words_of_a_phrase_hold_their_place_in_the_beam(monkeypatch):
+    """A beam of 2 would drop `kut`, were its weight only given once `sat` has been said."""
+    log_probs = between("the cut sat", "the kut sat", 0.85)
+    log_probs[8:9] = between("s", "z", 0.55)
+    narrow = {"beam_width": 2, "hotwords": {"kut sat": 5.0}}
+    assert beam_search(log_probs, 11, LABELS, **narrow)[0].text == "the kut sat"
+    follow = beam._Scorer.follow
+    monkeypatch.setattr(beam._Scorer, "follow", lambda *args: (follow(*args)[0], 0.0, follow(*args)[2]))
+    assert beam_search(log_probs, 11, LABELS, **narrow)[0].text == "the cut sat"
+
+
 @pytest.mark.parametrize("hotwords", [{}, {"cattle": 6.0, "cup": 9.0}])
 def test_promise_of_a_prefix_is_that_of_the_best_word_that_begins_so(hotwords):
     scorer = beam._Scorer(ENGLISH, LABELS, 0.5, 1.5, 4.0, hotwords)
@@ -268,12 +317,21 @@ def test_dead_ends_are_forgotten():
     assert ba.parent is b
 
 
+SPACED = "must be a word, or words with single spaces between them"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"beam_width": 0}, "beam width 0: must be at least 1"),
-        ({"hotwords": {"new york": 2.0}}, "hotword 'new york': must be one word; give each word its own weight"),
-        ({"hotwords": {"": 2.0}}, "hotword '': must be one word; give each word its own weight"),
+        ({"hotwords": {"new  york": 2.0}}, "hotword 'new  york': " + SPACED),
+        ({"hotwords": {" york": 2.0}}, "hotword ' york': " + SPACED),
+        ({"hotwords": {"": 2.0}}, "hotword '': " + SPACED),
+        (
+            {"hotwords": {"York": 2.0}},
+            "hotword 'York': the model does not write 'Y'; spell it in its letters",
+        ),
+        ({"hotwords": {"york": math.nan}}, "hotword 'york': its weight nan must be a number"),
     ],
 )
 def test_wrong_options(options, message):
@@ -282,7 +340,7 @@ def test_wrong_options(options, message):
     assert str(error.value) == message
 
 
-def test_tune_takes_the_first_of_the_best():
+def test_trials_of_tuning():
     """Too little weight leaves the unknown kad, too much makes a cat of zip."""
     rows = [between("the kad", "the cat", 0.985), between("a zip", "a cat", 0.99)]
     references = ["the cat", "a zip"]
@@ -292,6 +350,5 @@ def test_tune_takes_the_first_of_the_best():
         for weight, bonus in grid
     ]
     assert texts == [["the kad", "a zip"], references, references, ["the cat", "a cat"]]
-    assert tune(rows, references, LABELS, ENGLISH, grid) == (1.0, 1.0, 0.0)
-    assert tune(rows, references, LABELS, ENGLISH, grid[:1]) == (0.0, 0.0, 0.25)
-    assert tune(rows, references, LABELS, ENGLISH, grid[::-1]) == (1.2, 1.0, 0.0)
+    trials = list(tune(rows, references, LABELS, ENGLISH, grid))
+    assert trials == [Trial(0.0, 0.0, 0.25), Trial(1.0, 1.0, 0.0), Trial(1.2, 1.0, 0.0), Trial(6.0, 1.0, 0.25)]

@@ -1,8 +1,13 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jasper_asr
+from helpers_audio import run
 from jasper_asr.align import Word
 from jasper_asr.calibrate import Bin, calibration, expected_calibration_error, word_correctness
 from jasper_asr.errors import UsageError
@@ -82,3 +87,20 @@ def test_what_is_no_confidence(confidences, correct, bins):
     message = r"^calibration: needs a bin or more, and for each word a confidence in \[0, 1\] and a verdict$"
     with pytest.raises(UsageError, match=message):
         expected_calibration_error(confidences, correct, bins)
+
+
+def test_evaluate_reports_calibration(tmp_path):
+    """The report's bins hold every recognised word, and its error is that of the bins."""
+    manifest = Path(jasper_asr.__file__).parent / "models" / "mini" / "clips" / "manifest.jsonl"
+    code, _, err = run("evaluate", manifest, "--calibration", "--report", tmp_path / "r.json", "--threads", 1)
+    assert code == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    found = report["calibration"]
+    words = sum(len(item["hypothesis"].split()) for item in report["items"])
+    assert found["words"] == sum(part["words"] for part in found["bins"]) == words
+    gaps = [part["words"] * abs(part["confidence"] - part["accuracy"]) for part in found["bins"]]
+    assert found["ece"] == pytest.approx(sum(gaps) / words)
+    right = sum(part["words"] * part["accuracy"] for part in found["bins"])
+    assert right == pytest.approx(report["words"] - report["substitutions"] - report["deletions"])
+    assert f"expected calibration error {found['ece']:.3f} over {words} words" in err
+    assert run("evaluate", manifest, "--threads", 1)[2].count("calibration") == 0

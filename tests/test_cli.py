@@ -383,6 +383,7 @@ def commands(group=cli.command, path=()):
 def test_there_is_every_command_of_the_contract():
     assert {" ".join(path) for path in commands()} == {
         "",
+        "benchmark",
         "compile",
         "demo",
         "download",
@@ -391,10 +392,12 @@ def test_there_is_every_command_of_the_contract():
         "evaluate",
         "export",
         "info",
+        "listen",
         "prepare",
         "prepare librispeech",
         "train",
         "transcribe",
+        "tune-lm",
     }
 
 

@@ -16,6 +16,8 @@ from jasper_asr.transcribe import Clip, Failure, Transcript
 class Fake:
     """A transcriber that knows what each file holds: text by file name, or an error."""
 
+    words = False
+
     def __init__(self, answers, normalize=True):
         self.config = replace(tiny_config(), dataset=replace(tiny_config().dataset, normalize_transcripts=normalize))
         self.answers = answers

@@ -16,7 +16,7 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 
 ROOMS = [
     ["cli"],
-    ["train", "serve"],
+    ["train", "serve", "tune"],
     ["evaluate", "benchmark"],
     ["stream"],
     ["outputs"],

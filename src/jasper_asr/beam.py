@@ -51,8 +51,8 @@ class BeamSearch:
     """The search with its options, and what it has learnt of the vocabulary: make one, call it for every utterance.
 
     Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives words, and phrases of several, a
-    score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there unless it is
-    the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
+    score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there
+    unless it is the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
     Raises UsageError for a hotword that cannot be said or has no number for its weight, and for a beam without width.
     """
 
@@ -204,16 +204,17 @@ class _Scorer:
         if prefix.word is None:
             context, word = prefix.context, prefix.spelling.text
             state, score = self.word(context.state, word)
-            begun, hope = (), 0.0
+            ended = _Context(state)
             if self.phrases:
                 begun, hope, said = self.follow((*context.begun, word))
-                score += said
-            prefix.word = _Context(state, begun, hope), score
+                ended, score = _Context(state, begun, hope), score + said
+            prefix.word = ended, score
         return prefix.word
 
     def follow(self, words: tuple[str, ...]) -> tuple[tuple[str, ...], float, float]:
         """`begun` and `hope` after `words`, and the weights of the phrases that end with them."""
-        begun, hope, said = (), 0.0, 0.0
+        begun: tuple[str, ...] = ()
+        hope = said = 0.0
         for phrase, weight in self.phrases.items():
             if words[-len(phrase) :] == phrase:
                 said += weight

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jasper_asr import text
+from jasper_asr.calibrate import CalibrationReport
+from jasper_asr.calibrate import calibration as calibrate
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.errors import ManifestError, UsageError
 from jasper_asr.files import write_whole
@@ -36,6 +38,7 @@ class ErrorReport:
     """Totals over a corpus. Rates are percent of reference words or characters; failed utterances count in none.
 
     `utterances` is how many were transcribed; if none was, the rates are 100. `skipped` were over the duration limit.
+    `calibration` is there when the Transcriber gives words.
     """
 
     wer: float
@@ -51,6 +54,7 @@ class ErrorReport:
     audio_seconds: float
     seconds: float
     items: tuple[Item, ...]
+    calibration: CalibrationReport | None = None
 
     @property
     def rtf(self) -> float:
@@ -96,7 +100,7 @@ def evaluate(
     chosen = [row for row in utterances if max_duration is None or row.duration is None or row.duration <= max_duration]
     if not chosen:
         raise ManifestError(f"{_source(utterances)}: no utterance to evaluate; is --max-duration too small?")
-    references = [_reference(row, transcriber) for row in chosen]
+    references = [reference_text(row, transcriber) for row in chosen]
     clips = [Clip(row.audio_path, *row.part) for row in chosen]
     started = time.perf_counter()
     results = list(transcriber.transcribe_many(clips, progress=progress))
@@ -110,6 +114,11 @@ def evaluate(
         words, chars = words + counts, chars + count_char_edits(reference, result.text)
         items.append(_item(row, result.duration, reference, result.text, counts))
     done = [item for item in items if item.error is None]
+    spoken = [
+        (item.reference, result.words)
+        for item, result in zip(items, results, strict=True)
+        if not isinstance(result, Failure)
+    ]
     return ErrorReport(
         wer=_percent(words) if done else 100.0,
         cer=_percent(chars) if done else 100.0,
@@ -124,6 +133,7 @@ def evaluate(
         audio_seconds=math.fsum(item.duration or 0.0 for item in done),
         seconds=seconds,
         items=tuple(items),
+        calibration=calibrate(spoken) if transcriber.words else None,
     )
 
 
@@ -155,7 +165,8 @@ def _percent(counts: EditCounts) -> float:
     return 100 * counts.rate if math.isfinite(counts.rate) else 100.0
 
 
-def _reference(row: Utterance, transcriber: Transcriber) -> str:
+def reference_text(row: Utterance, transcriber: Transcriber) -> str:
+    """A row's transcript, normalised if the model's config says so. Raises ManifestError where there is none."""
     if row.text is None:
         raise ManifestError(f"{row.source}: key text is missing; evaluation needs a transcript")
     if not transcriber.config.dataset.normalize_transcripts:

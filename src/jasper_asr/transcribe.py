@@ -1,7 +1,7 @@
 """The spine: audio -> features -> network -> text. The only room that joins the four stages."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -41,13 +41,15 @@ class Clip:
 class BeamOptions:
     """Beam search: `lm` is an n-gram model (a file, or the built-in `mini`), None searches without one.
 
-    Weights that are None are those that `jasper_asr.beam` was tuned to.
+    Weights that are None are those that `jasper_asr.beam` was tuned to. `hotwords` gives words, and phrases of several,
+    what is added for each time that they are said.
     """
 
     lm: str | PathLike[str] | None = None
     width: int = 64
     lm_weight: float | None = None
     word_bonus: float | None = None
+    hotwords: Mapping[str, float] | None = None
 
 
 BUILTIN_LMS = {"mini": Path(__file__).parent / "models" / "mini" / "words.lm"}
@@ -186,6 +188,10 @@ class Transcriber:
                 yield _finished(results[position], progress)
         finally:
             decoding.shutdown(cancel_futures=True)
+
+    def listen(self, source: Source | Clip) -> Float32:
+        """log_probs float32 [T', n_classes] of one utterance, which `transcribe` decodes. Raises as that does."""
+        return self._run([self._prepare(0, source)])[0]
 
     def close(self) -> None:
         """Give back the runtime's memory."""
@@ -438,7 +444,7 @@ def load(
     chunk_seconds: float | None = None,
     halo_seconds: float | None = None,
 ) -> Transcriber:
-    """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt or .safetensors.
+    """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt, .nemo or .safetensors.
 
     `config` and `weights` (`ema` or `raw`) matter for checkpoints only; `threads` None lets the runtime choose.
     An .om always runs on the backend `acl`, on the NPU number `device` (0).
@@ -498,5 +504,5 @@ def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelCo
 
     given = {"lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
     weights: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    search = BeamSearch(config.labels, lm=lm, beam_width=options.width, **weights)
+    search = BeamSearch(config.labels, lm=lm, beam_width=options.width, hotwords=options.hotwords, **weights)
     return lambda rows: search(rows, len(rows))[0].text

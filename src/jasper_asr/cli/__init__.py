@@ -20,6 +20,7 @@ from jasper_asr.cli.models import compile_model, export, info
 from jasper_asr.cli.speech import demo, evaluate
 from jasper_asr.cli.training import train
 from jasper_asr.cli.transcribing import transcribe
+from jasper_asr.cli.tuning import tune_lm
 from jasper_asr.errors import JasperError
 
 
@@ -63,5 +64,10 @@ def command() -> None:
     """Jasper speech models from checkpoint to deployment: transcribe, evaluate, export, train."""
 
 
-for subcommand in (transcribe, listen, evaluate, benchmark, export, compile_model, info, demo, train, download, prepare):
+COMMANDS = (
+    *(transcribe, listen, evaluate, tune_lm, benchmark, demo),
+    *(export, compile_model, info),
+    *(train, download, prepare),
+)
+for subcommand in COMMANDS:
     command.add_command(subcommand)

@@ -53,7 +53,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--model",
                 default="mini",
                 show_default=True,
-                help="Built-in name, .onnx, .pt or .safetensors.",
+                help="Built-in name, .onnx, .pt, .nemo or .safetensors.",
             ),
             click.option("--config", type=click.Path(path_type=Path), help="Model YAML, for a .pt that carries none."),
             click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True),
@@ -72,6 +72,13 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--beam-width", type=click.IntRange(1), help="Beam search with so many prefixes. [64]"),
             click.option("--lm-weight", type=float, help="How much the language model counts."),
             click.option("--word-bonus", type=float, help="Added for each word."),
+            click.option(
+                "--hotword",
+                "hotwords",
+                multiple=True,
+                metavar="WORDS=WEIGHT",
+                help="Added each time that these words are said, as in 'new york=3'; repeatable.",
+            ),
             click.option("--chunk-seconds", type=float, help="Longest piece of long audio in memory. [120]"),
             click.option(
                 "--halo-seconds",
@@ -105,6 +112,8 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     names = {"lm": "lm", "beam_width": "width", "lm_weight": "lm_weight", "word_bonus": "word_bonus"}
     popped = {new: options.pop(old, None) for old, new in names.items()}
     given = {name: value for name, value in popped.items() if value is not None}
+    if hotwords := dict(map(_hotword, options.pop("hotwords", ()))):
+        given["hotwords"] = hotwords
     if not given:
         return None
     if "lm" not in given and model in BUILTIN_LMS:
@@ -114,6 +123,14 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     if "lm" not in given and given.keys() & {"lm_weight", "word_bonus"}:
         raise UsageError("--lm-weight and --word-bonus need --lm")
     return BeamOptions(**given)
+
+
+def _hotword(text: str) -> tuple[str, float]:
+    words, _, weight = text.rpartition("=")
+    try:
+        return words, float(weight)
+    except ValueError:
+        raise UsageError(f"--hotword {text!r}: give words and a number, as in 'new york=3'") from None
 
 
 def given_config(path: Path | None) -> "ModelConfig | None":

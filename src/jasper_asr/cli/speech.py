@@ -11,6 +11,7 @@ from jasper_asr.cli.common import check_writable, complain, load_model, model_op
 from jasper_asr.errors import UsageError
 
 if TYPE_CHECKING:
+    from jasper_asr.calibrate import CalibrationReport
     from jasper_asr.evaluate import ErrorReport, Gate
 
 GATE_FAILED = 7
@@ -43,6 +44,7 @@ MINI = Path(__file__).parents[1] / "models" / "mini"
     type=click.Path(path_type=Path),
     help="Write totals and one row an utterance, JSON.",
 )
+@click.option("--calibration", is_flag=True, help="Also say how far the words' confidences can be trusted.")
 @click.option(
     "--reference-wer",
     type=float,
@@ -57,6 +59,7 @@ def evaluate(
     pad_to_max_duration: bool,
     save_predictions: Path | None,
     report_path: Path | None,
+    calibration: bool,
     reference_wer: float | None,
     tolerance: float | None,
     **options: Any,
@@ -74,7 +77,7 @@ def evaluate(
     rows = read_manifests(manifest, audio_root, allow_outside_root)
     pad_to = max_duration if pad_to_max_duration else None
     with (
-        load_model(options, pad_to=pad_to) as transcriber,
+        load_model(options | {"words": calibration}, pad_to=pad_to) as transcriber,
         progress("evaluating", len(rows), "utterances") as advance,
     ):
         report = evaluation.evaluate(transcriber, rows, max_duration=max_duration, progress=lambda _seconds: advance(1))
@@ -83,6 +86,8 @@ def evaluate(
             complain(item.error)
     click.echo(f"eval_wer: {report.wer:.2f}")
     note(_summary(report))
+    if report.calibration:
+        note(_trust(report.calibration))
     if save_predictions:
         evaluation.write_predictions(save_predictions, report)
     if report_path:
@@ -135,6 +140,15 @@ def _summary(report: "ErrorReport") -> str:
         f"{report.utterances} utterances, {report.failed} failed, {report.skipped} skipped; "
         f"{report.audio_seconds:.1f} s of audio in {report.seconds:.2f} s, real-time factor {report.rtf:.4f}"
     )
+
+
+def _trust(calibration: "CalibrationReport") -> str:
+    bins = ", ".join(
+        f"{part.low:.1f}-{part.high:.1f}: {part.accuracy:.2f} of {part.words}"
+        for part in calibration.bins
+        if part.words
+    )
+    return f"expected calibration error {calibration.ece:.3f} over {calibration.words} words; right are at {bins}"
 
 
 def _gate(reference_wer: float | None, tolerance: float | None) -> "Gate | None":
