@@ -80,7 +80,7 @@ def _file_blocks(path: Path) -> tuple[int, Iterator[np.ndarray]]:
 
 def _microphone_blocks(device: str | None) -> tuple[int, Iterator[np.ndarray]]:
     try:
-        import sounddevice  # type: ignore[import-untyped]
+        import sounddevice
     except ModuleNotFoundError as error:
         raise UsageError("listening needs a package: pip install 'jasper-asr[mic]'") from error
     except OSError as error:  # the package is there, the system's PortAudio is not

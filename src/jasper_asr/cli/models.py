@@ -33,7 +33,7 @@ OPSETS = (11, 21)
 def export(
     checkpoint: Path, out: Path, config: Path | None, weights: str, target: str, half: bool, **shape: Any
 ) -> None:
-    """Write a checkpoint (.pt, .safetensors or a built-in name) as a self-describing .onnx, or as .safetensors.
+    """Write a checkpoint (.pt, .nemo, .safetensors or a built-in name) as a self-describing .onnx, or as .safetensors.
 
     --target ascend writes only what Ascend's compiler takes; see jasper compile.
     """
