@@ -130,16 +130,10 @@ class _Spelling:
         self.children: dict[int, _Spelling] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """What finished words mean to those that follow: the language model's state, and the phrase that they begin.
-
-    `begun` are the last words, as many as a phrase among the hotwords begins with; `hope` is its weight's share.
-    """
-
-    state: State
-    begun: tuple[str, ...] = ()
-    hope: float = 0.0
+_Ended = tuple[State, float, tuple[str, ...], float]
+"""What the end of a word gives: the language model's state, the word's score; of the last words as many as a phrase
+among the hotwords begins with, and the share of its weight that they lend.
+"""
 
 
 class _Prefix:
@@ -150,19 +144,26 @@ class _Prefix:
     """
 
     __slots__ = (
-        "children", "context", "frame", "hoped", "label", "next_blank", "next_label", "p_blank", "p_label", "parent",
-        "promise", "settled", "spelling", "word",
+        "begun", "children", "frame", "hope", "label", "next_blank", "next_label", "p_blank", "p_label", "parent",
+        "promise", "settled", "spelling", "state", "word",
     )  # fmt: skip
 
     def __init__(
-        self, parent: "_Prefix | None", label: int, spelling: _Spelling, context: "_Context", settled: float
+        self,
+        parent: "_Prefix | None",
+        label: int,
+        spelling: _Spelling,
+        settled: float,
+        state: State,
+        begun: tuple[str, ...] = (),
+        hope: float = 0.0,
     ) -> None:
-        self.parent, self.label, self.spelling, self.context = parent, label, spelling, context
+        self.parent, self.label, self.spelling, self.state = parent, label, spelling, state
         self.settled = settled  # the score of the finished words
-        self.hoped = settled + context.hope
-        self.promise = self.hoped + spelling.ahead
+        self.begun, self.hope = begun, hope
+        self.promise = settled + hope + spelling.ahead
         self.children: dict[int, _Prefix] = {}
-        self.word: tuple[_Context, float] | None = None  # what ending the word here gives, once it is asked for
+        self.word: _Ended | None = None  # what ending the word here gives, once it is asked for
         self.frame = -1
         self.p_blank = self.p_label = self.next_blank = self.next_label = 0.0
 
@@ -195,20 +196,20 @@ class _Scorer:
         if self.spellings > _MOST_SPELLINGS:
             self.empty.children.clear()
             self.spellings = 0
-        prefix = _Prefix(None, self.space, self.empty, _Context(self.lm.start() if self.lm else ()), 0.0)
+        prefix = _Prefix(None, self.space, self.empty, 0.0, self.lm.start() if self.lm else ())
         prefix.p_blank = 1.0
         return prefix
 
-    def ended(self, prefix: _Prefix) -> tuple[_Context, float]:
-        """The context after the word that `prefix` ends with, and what the word scores."""
+    def ended(self, prefix: _Prefix) -> _Ended:
+        """What the end of the word that `prefix` ends with gives."""
         if prefix.word is None:
-            context, word = prefix.context, prefix.spelling.text
-            state, score = self.word(context.state, word)
-            ended = _Context(state)
+            word = prefix.spelling.text
+            state, score = self.word(prefix.state, word)
             if self.phrases:
-                begun, hope, said = self.follow((*context.begun, word))
-                ended, score = _Context(state, begun, hope), score + said
-            prefix.word = ended, score
+                begun, hope, said = self.follow((*prefix.begun, word))
+                prefix.word = state, score + said, begun, hope
+            else:
+                prefix.word = state, score, (), 0.0
         return prefix.word
 
     def follow(self, words: tuple[str, ...]) -> tuple[tuple[str, ...], float, float]:
@@ -227,10 +228,11 @@ class _Scorer:
     def extend(self, prefix: _Prefix, label: int) -> _Prefix:
         """A new child of `prefix`; a space ends the word."""
         if label == self.space:
-            context, score = self.ended(prefix)
-            child = _Prefix(prefix, label, self.empty, context, prefix.settled + score)
+            state, score, begun, hope = self.ended(prefix)
+            child = _Prefix(prefix, label, self.empty, prefix.settled + score, state, begun, hope)
         else:
-            child = _Prefix(prefix, label, self.spell(prefix.spelling, label), prefix.context, prefix.settled)
+            spelling = self.spell(prefix.spelling, label)
+            child = _Prefix(prefix, label, spelling, prefix.settled, prefix.state, prefix.begun, prefix.hope)
         prefix.children[label] = child
         return child
 
@@ -246,11 +248,11 @@ class _Scorer:
 
     def end(self, prefix: _Prefix) -> float:
         """What all words of a text that ends here score, and its end."""
-        context, score = prefix.context, prefix.settled
+        state, score = prefix.state, prefix.settled
         if prefix.spelling.text:
-            context, last = self.ended(prefix)
+            state, last = self.ended(prefix)[:2]
             score += last
-        return score + self.lm_weight * self.lm.finish(context.state) if self.lm else score
+        return score + self.lm_weight * self.lm.finish(state) if self.lm else score
 
     def spell(self, spelling: _Spelling, label: int) -> _Spelling:
         """`spelling` with one more letter."""
@@ -328,7 +330,7 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
         prefix.next_blank += total * p_blank
         # where a word is yet to begin, spaces change nothing, with blanks between them or not
         prefix.next_label += total * p_space if last == space else prefix.p_label * probs[last]
-        hoped, spelling = prefix.hoped, prefix.spelling
+        hope, settled, spelling = prefix.hope, prefix.settled, prefix.spelling
         children, spellings = prefix.children, prefix.spelling.children
         for label, prob in choices:
             if label == last:
@@ -345,11 +347,11 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
                 child.next_label += gain
             elif gain:
                 if label == space:
-                    context, score = scorer.ended(prefix)
-                    promise = prefix.settled + score + context.hope
+                    _, score, _, hope_then = scorer.ended(prefix)
+                    promise = score + hope_then
                 else:
-                    promise = hoped + (spellings.get(label) or scorer.spell(spelling, label)).ahead
-                ranked.append((math.log(gain) + promise, prefix, label, gain))
+                    promise = (spellings.get(label) or scorer.spell(spelling, label)).ahead + hope
+                ranked.append((math.log(gain) + settled + promise, prefix, label, gain))
     for prefix in active:
         if total := prefix.next_blank + prefix.next_label:
             ranked.append((math.log(total) + prefix.promise, prefix, -1, total))
