@@ -262,3 +262,11 @@ def test_an_hour_of_words_is_quick():
     cues = parse_srt(write("srt", words))
     assert " ".join(" ".join(lines) for *_, lines in cues) == " ".join(word.text for word in words)
     assert len(cues) < 1.1 * 3600 / 7
+
+
+def test_a_part_of_a_file_says_where_it_starts():
+    """As in NeMo's manifests; a whole file has no offset."""
+    about = {"audio_filepath": "a.wav", "duration": 1.5, "text": "hi", "words": [Word("hi", 0.1, 0.4, 0.9)]}
+    assert json.loads(render("jsonl", **about, offset=2.25))["offset"] == 2.25
+    assert json.loads(render("json", **about, offset=2.25))["offset"] == 2.25
+    assert "offset" not in json.loads(render("jsonl", **about))

@@ -16,13 +16,12 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 
 ROOMS = [
     ["cli"],
-    ["train", "serve", "tune"],
+    ["train", "serve", "tune", "deploy"],
     ["evaluate", "benchmark"],
     ["stream"],
     ["outputs"],
     ["transcribe", "inputs"],
     ["backends"],
-    ["deploy"],
     ["windows"],
     ["model", "data", "features", "formats", "calibrate"],
     ["beam", "align"],

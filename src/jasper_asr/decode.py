@@ -16,7 +16,7 @@ def greedy(log_probs: NDArray[np.float32], length: int, labels: Sequence[str]) -
 
 
 def path_text(path: NDArray[np.int64], labels: Sequence[str]) -> str:
-    """What a path, the class of each frame as int [T'], reads: repeats merged, blanks dropped, white space collapsed."""
+    """What a path int [T'], a class a frame, reads: repeats merged, blanks dropped, white space collapsed."""
     changed = np.empty(len(path), bool)
     changed[:1] = True
     np.not_equal(path[1:], path[:-1], out=changed[1:])

@@ -51,18 +51,22 @@ def render(
     duration: float,
     text: str,
     words: Sequence[Word],
+    offset: float | None = None,
     characters: bool = False,
     low_confidence: float = LOW_CONFIDENCE,
 ) -> str:
     """One utterance as the content of a file of `format`, one of FORMATS; ends with a newline unless empty.
 
-    `duration` in seconds. `characters` adds those to json and jsonl; words with a confidence below `low_confidence`
+    `duration` in seconds, and the `offset` of a part of a file, which json and jsonl name; times count from the part's
+    start. `characters` adds those to json and jsonl; words with a confidence below `low_confidence`
     are marked there. jsonl is one line, so lines of several files can follow one another. Raises UsageError for an
     unknown format.
     """
     if format not in _WRITERS:
         raise UsageError(f"format {format!r}: unknown; use one of {', '.join(sorted(FORMATS))}")
-    head = {"audio_filepath": audio_filepath, "duration": round(duration, 3)}
+    head: _Head = {"audio_filepath": audio_filepath, "duration": round(duration, 3)}
+    if offset is not None:
+        head["offset"] = round(offset, 3)
 
     def row(word: Word) -> dict[str, Any]:
         return _word_row(word, characters, low_confidence)

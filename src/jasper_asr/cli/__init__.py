@@ -17,6 +17,7 @@ from jasper_asr.cli.corpora import download, prepare
 from jasper_asr.cli.live import listen
 from jasper_asr.cli.measure import benchmark
 from jasper_asr.cli.models import compile_model, export, info
+from jasper_asr.cli.quantizing import quantize
 from jasper_asr.cli.speech import demo, evaluate
 from jasper_asr.cli.training import train
 from jasper_asr.cli.transcribing import transcribe
@@ -66,7 +67,7 @@ def command() -> None:
 
 COMMANDS = (
     *(transcribe, listen, evaluate, tune_lm, benchmark, demo),
-    *(export, compile_model, info),
+    *(export, quantize, compile_model, info),
     *(train, download, prepare),
 )
 for subcommand in COMMANDS:

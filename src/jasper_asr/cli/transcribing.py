@@ -133,7 +133,7 @@ class _Writer:
         from jasper_asr.formats import render
 
         about: dict[str, Any] = {"audio_filepath": item.name, "duration": result.duration, "text": result.text}
-        return render(format, **about, words=result.words, characters=self.characters)
+        return render(format, **about, words=result.words, offset=item.offset, characters=self.characters)
 
     def entry(self, item: "Input", result: "Transcript") -> str:
         """What stands for a recording where others follow."""
