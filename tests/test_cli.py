@@ -395,6 +395,7 @@ def test_there_is_every_command_of_the_contract():
         "listen",
         "prepare",
         "prepare librispeech",
+        "quantize",
         "train",
         "transcribe",
         "tune-lm",

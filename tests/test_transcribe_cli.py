@@ -524,7 +524,7 @@ def test_the_next_recordings_are_decoded_while_the_network_runs(here, monkeypatc
         results = transcriber.transcribe_many(names, jobs=2)
         assert next(results).text == here.texts["a.wav"]
         time.sleep(0.1)
-        assert len(decoded) == 3  # the one that ran and two ahead, no more
+        assert len(decoded) <= 4  # the one that ran, perhaps the next, and two ahead, no more
         transcriber._backend.run = run_network
         assert [result.text for result in results] == [here.texts[name] for name in names[1:]]
     assert len(decoded) == 9
@@ -533,9 +533,13 @@ def test_the_next_recordings_are_decoded_while_the_network_runs(here, monkeypatc
 def test_an_abandoned_run_decodes_no_further(here, monkeypatch):
     with load("tiny.onnx", threads=1) as transcriber:
         results = transcriber.transcribe_many(["a.wav"] * 1000, jobs=2)
+        before = threading.active_count()
         next(results)
         results.close()
-        assert threading.active_count() <= 4  # the threads end by themselves
+        deadline = time.monotonic() + 10
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= before  # the threads end by themselves
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

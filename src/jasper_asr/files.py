@@ -8,7 +8,7 @@ from pathlib import Path
 from jasper_asr.errors import StorageError
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write `pieces` under a temporary name in the same folder, then rename: a killed run leaves the old file.
 
     Raises StorageError when that fails; nothing is left behind.

@@ -24,7 +24,7 @@ from jasper_asr.backends.ort import OrtBackend
 from jasper_asr.config import ModelConfig
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.decode import greedy
-from jasper_asr.errors import JasperError, ManifestError, ModelError, StorageError, UsageError
+from jasper_asr.errors import JasperError, ManifestError, ModelError, UsageError
 from jasper_asr.evaluate import reference_text
 from jasper_asr.files import write_whole
 from jasper_asr.model.checkpoint import file_sha256, load_checkpoint
@@ -309,14 +309,17 @@ def _plan(name: str, graph: "GraphProto") -> _Plan:
     if not inside:
         raise ModelError(f"{name}: has strides down to its last convolution; it cannot be quantised to int8")
     only_relu = _inputs_of_relu_alone(nodes)
-    reached, values = set(nodes[start].input[:1]), []
+    names = {node.name for node in inside}
+    rounded = {node.input[0] for node in inside}  # and all that follows from one of them:
+    values = []
     for node in nodes[start : places[-1]]:
-        if node.op_type in ("Conv", "Relu", "Mul", "Concat", "Add") and reached & set(node.input):
-            reached.add(node.output[0])
-            if node.output[0] not in only_relu:  # a Relu is absorbed by the rounding after it
-                values.append(node.output[0])
+        output = node.output[0]
+        if node.name in names or (node.op_type in ("Relu", "Mul", "Concat", "Add") and rounded & set(node.input)):
+            rounded.add(output)
+        if output in rounded and output not in only_relu:  # a Relu is absorbed by the rounding after it
+            values.append(output)
     kernels = tuple(nodes[index].input[1] for index in places)
-    return _Plan(frozenset(node.name for node in inside), tuple(values), kernels)
+    return _Plan(frozenset(names), tuple(values), kernels)
 
 
 def _stride(node: "NodeProto") -> int:
@@ -363,8 +366,8 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
 def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """The upper half of each float32, rounded to the nearest, a tie to the even one."""
     bits = values.view(np.uint32)
-    rounded: NDArray[np.uint32] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return rounded.astype("<u2")
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.asarray(rounded, "<u2")
 
 
 # --- int8 -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import glob
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def graph_source(checkpoint: Checkpoint, **shape: Any) -> Iterator[Path | bytes]
     if _fits_inline(checkpoint, **shape):
         yield graph_bytes(checkpoint, **shape)
         return
-    with TemporaryDirectory(prefix="jasper-", ignore_cleanup_errors=True) as folder:
+    room = 5 * _stored_bytes(checkpoint, **shape) // 4
+    with TemporaryDirectory(prefix="jasper-", dir=_folder_in_memory(room), ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "graph.onnx"
         write_graph(checkpoint, path, **shape)
         yield path
@@ -94,12 +96,22 @@ def _data_files(model: Path) -> list[Path]:
     return [*model.parent.glob(glob.escape(model.stem) + "-" + "[0-9a-f]" * 8 + ".onnx.data")]
 
 
+def _folder_in_memory(size: int) -> Path | None:
+    """Linux's file system in memory, if it has room for so many bytes: what is mapped there lies in memory once."""
+    folder = Path("/dev/shm")
+    return folder if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > size else None
+
+
 def _fits_inline(checkpoint: Checkpoint, **shape: Any) -> bool:
+    return _stored_bytes(checkpoint, **shape) < INLINE_BYTES
+
+
+def _stored_bytes(checkpoint: Checkpoint, **shape: Any) -> int:
     from jasper_asr.model.spectral import choose_tile, stored_weights
 
     sizes = {name: shape.get(name) for name in ("batch_size", "frames")}
     tile = choose_tile(checkpoint.config, shape.get("convolution", "direct"), **sizes)
-    return 4 * stored_weights(checkpoint.config, tile and (shape.get("tile") or tile)) < INLINE_BYTES
+    return 4 * stored_weights(checkpoint.config, tile and (shape.get("tile") or tile))
 
 
 def _inline_pieces(checkpoint: Checkpoint, **shape: Any) -> Iterator[bytes]:

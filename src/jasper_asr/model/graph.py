@@ -31,6 +31,7 @@ EXTERNAL_BYTES = 1 << 16
 """Weights of this size or more go into the file of ExternalWeights, if there is one."""
 
 _PAGE = 4096
+_FLOAT32 = np.dtype(np.float32)
 _IR_VERSION = {range(11, 13): 7, range(13, 15): 8, range(15, 19): 8, range(19, 21): 9, range(21, 22): 10}
 
 
@@ -54,7 +55,7 @@ class ExternalWeights:
         self._arrays.append(make)
         self.size += size + -size % _PAGE
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[memoryview | bytes]:
         """The bytes of the file, a weight at a time."""
         for make in self._arrays:
             content = _little_endian(make())
@@ -156,8 +157,9 @@ def metadata(config: ModelConfig, masked: bool, tile: int | None = None) -> dict
     }
 
 
-def _little_endian(values: NDArray[Any]) -> bytes:
-    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+def _little_endian(values: NDArray[Any]) -> memoryview:
+    ordered = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False))
+    return ordered.reshape(-1).view(np.uint8).data
 
 
 @dataclass
@@ -186,7 +188,7 @@ class Graph:
         name: str,
         shape: tuple[int, ...],
         make: Callable[[], NDArray[Any]],
-        dtype: np.dtype[Any] = np.dtype(np.float32),
+        dtype: np.dtype[Any] = _FLOAT32,
     ) -> str:
         """Name of an initializer whose values `make` returns when they are needed: now, or while they are written."""
         proto = self.proto.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
@@ -194,7 +196,7 @@ class Graph:
         if self.external and size >= EXTERNAL_BYTES:
             self.external.add(proto, size, make)
         else:
-            proto.raw_data = _little_endian(make())
+            proto.raw_data = bytes(_little_endian(make()))
         return name
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:

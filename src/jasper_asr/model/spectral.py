@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 CONVOLUTIONS = ("auto", "direct", "spectral")
 
-USUAL_FRAMES = 1000
-"""Feature frames (10 s) for which the kind of convolution and the tile are chosen when a graph's frames are open."""
+LONG_FRAMES, SHORT_FRAMES = 1500, 500
+"""Feature frames for which a graph of open frames is made: the tile suits 15 s, and spectral must win at 5 s too."""
 
 LARGEST_TILE = 32
-"""Larger tiles save little time and much memory goes: weights grow by R/K, 4.4 GB for Jasper 10x5 at M = 32."""
+"""In output frames: weights grow by R/K, to 4.6 GB for Jasper 10x5 at 32, and larger tiles save little time for it."""
 
 
 def choose_tile(
@@ -43,7 +43,7 @@ def choose_tile(
 ) -> int | None:
     """The tile M in output frames of a spectral graph, None for a direct one.
 
-    `auto` takes what the cost model holds for faster, at `frames` (10 s if open). A network whose last convolutions
+    `auto` takes what the cost model holds for faster, on one core and at `frames`. A network whose last convolutions
     are strided or grouped (QuartzNet) has no stretch that could be spectral and is direct in any case.
     Raises UsageError for an unknown kind.
     """
@@ -52,15 +52,26 @@ def choose_tile(
     layers = _wide_layers(config)
     if convolution == "direct" or not layers:
         return None
-    length = frames or USUAL_FRAMES
+    batch, fixed = batch_size or 1, frames is not None
+
+    def cost(tile: int, length: int) -> float:
+        # with open frames the last tile and the last panel are half full on average
+        tiles = batch * (-(-length // tile) if fixed else length / tile + 0.5)
+        return sum(_spectral_cost(layer, tile, tiles, whole_panels=fixed) for layer in layers)
+
+    length = _length_of_tiles(config, frames or LONG_FRAMES)
+    step = 2 * math.lcm(*(layer.dilation for layer in layers))  # each phase of a dilated tile must be even
+    tile = min(range(step * -(-8 // step), max(LARGEST_TILE, step) + 1, step), key=lambda tile: cost(tile, length))
+    if convolution == "spectral":
+        return tile
+    length = _length_of_tiles(config, frames or SHORT_FRAMES)
+    return tile if cost(tile, length) < sum(_direct_cost(layer, length * batch) for layer in layers) else None
+
+
+def _length_of_tiles(config: ModelConfig, length: int) -> int:
     for block in config.blocks[: first_spectral_block(config)]:
         length = block.output_length(length)
-    batch = batch_size or 1
-    step = 2 * math.lcm(*(layer.dilation for layer in layers))  # each phase of a dilated tile must be even
-    tiles = range(step, max(LARGEST_TILE, step) + 1, step)
-    tile = min((tile for tile in tiles if tile >= 8 or step > 8), key=lambda tile: _cost(layers, tile, length, batch))
-    direct = sum(_direct_cost(layer, length * batch) for layer in layers)
-    return tile if convolution == "spectral" or _cost(layers, tile, length, batch) < direct else None
+    return length
 
 
 def first_spectral_block(config: ModelConfig) -> int:
@@ -76,7 +87,9 @@ def first_spectral_block(config: ModelConfig) -> int:
 def stored_weights(config: ModelConfig, tile: int | None) -> int:
     """About how many numbers the graph holds: the parameters, or in place of K taps R products."""
     grown = 0
-    for layer in _wide_layers(config) if tile else []:
+    for layer in _wide_layers(config):
+        if tile is None:
+            break
         outputs, channels, taps = layer.shape
         grown += outputs * channels * ((tile // layer.dilation + taps - 1) // 2 * 3 - taps)
     return parameter_count(config) + grown
@@ -99,6 +112,9 @@ _NODE = 200_000
 _PASS = 15
 """Writing a value and reading it again, in the nodes that only move or mask."""
 
+_SLOWER = 1.3
+"""How much longer a multiply-add takes here than in a direct convolution of the same engine, measured."""
+
 _PANEL = 16
 """Columns of a product are done in groups: the register tile of the usual AVX2 and AVX-512 kernels."""
 
@@ -108,23 +124,16 @@ def _direct_cost(layer: ConvLayer, columns: int) -> float:
     return outputs * channels * taps * (columns + _READ) + 3 * _NODE + 2 * _PASS * outputs * columns
 
 
-def _cost(layers: list[ConvLayer], tile: int, length: int, batch: int) -> float:
-    """Of all `layers` in tiles; tile counts are rounded up, and columns to whole panels."""
-    return sum(
-        _spectral_cost(layer, tile // layer.dilation, layer.dilation * -(-length // tile) * batch, 17)
-        for layer in layers
-    )
-
-
-def _spectral_cost(layer: ConvLayer, tile: int, columns: int, nodes: int) -> float:
+def _spectral_cost(layer: ConvLayer, tile: int, tiles: float, *, whole_panels: bool) -> float:
     outputs, channels, taps = layer.shape
+    tile, columns = tile // layer.dilation, tiles * layer.dilation
     size = tile + taps - 1
     products = size // 2 * 3
-    panels = -(-columns // _PANEL) * _PANEL
+    panels = -(-columns // _PANEL) * _PANEL if whole_panels else columns + _PANEL / 2
     mixing = products * outputs * channels * (panels + _READ)
     transforms = products * columns * (size * channels + tile * outputs)
     moved = columns * (3 * size * channels + products * (channels + outputs) + 3 * tile * outputs)
-    return mixing + transforms + _PASS * moved + nodes * _NODE
+    return _SLOWER * (mixing + transforms) + _PASS * moved + 17 * _NODE
 
 
 def transforms(tile: int, taps: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
