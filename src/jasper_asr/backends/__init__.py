@@ -64,6 +64,7 @@ class Backend(Protocol):
 
 BACKENDS = {
     "ort": "jasper_asr.backends.ort:OrtBackend",
+    "openvino": "jasper_asr.backends.openvino:OpenVinoBackend",
     "acl": "jasper_asr.backends.acl:AclBackend",
     "cann": "jasper_asr.backends.ort:cann_backend",
 }

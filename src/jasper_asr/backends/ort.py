@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jasper_asr.backends import Shapes
-from jasper_asr.config import ModelConfig
+from jasper_asr.backends.contract import check_finite, check_frames, read_shapes
 from jasper_asr.errors import ModelError, StorageError
 from jasper_asr.model.export import embedded_config
 
@@ -29,49 +28,23 @@ class OrtBackend:
         self._session: Any = _open(model, self._name, threads, provider)
         self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         self.config = embedded_config(self.properties, self._name)
-        self.shapes = self._read_shapes(self.properties, self.config)
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        outputs = {value.name: value.shape for value in self._session.get_outputs()}
+        self.shapes = read_shapes(self._name, self.properties, self.config, inputs, outputs)
 
     def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """See Backend.run. Raises ModelError when the runtime fails or returns values that are not finite."""
-        limit = int(self.properties.get("max_frames", 0))
-        if 0 < limit < feats.shape[2]:  # an Ascend graph's masks are constants, silently wrong beyond their length
-            raise ModelError(
-                f"{self._name}: {feats.shape[2]} frames, its masks reach {limit}; export it without --target"
-            )
+        check_frames(self._name, self.properties, feats.shape[2])
         try:
             log_probs, out_lens = self._session.run(["log_probs", "log_prob_lens"], {"feats": feats, "feat_lens": lens})
         except Exception as error:  # onnxruntime raises its own kinds for each status
             raise ModelError(f"{self._name}: onnxruntime failed ({_one_line(error)})") from error
-        # a row's valid part decides; what stands beyond a length is nobody's business
-        if not all(np.isfinite(row[:length]).all() for row, length in zip(log_probs, out_lens, strict=True)):
-            raise ModelError(f"{self._name}: log_probs are not finite; the weights or the precision are unfit")
+        check_finite(self._name, log_probs, out_lens)
         return log_probs, out_lens
 
     def close(self) -> None:
         """Drop the session; its memory goes with it."""
         self._session = None
-
-    def _read_shapes(self, properties: dict[str, str], config: ModelConfig) -> Shapes:
-        inputs = {value.name: value.shape for value in self._session.get_inputs()}
-        outputs = {value.name: value.shape for value in self._session.get_outputs()}
-        if set(inputs) != {"feats", "feat_lens"} or set(outputs) != {"log_probs", "log_prob_lens"}:
-            raise ModelError(
-                f"{self._name}: inputs are {sorted(inputs)} and outputs {sorted(outputs)}, not feats, feat_lens "
-                "and log_probs, log_prob_lens; make it with jasper export"
-            )
-        if len(inputs["feats"]) != 3 or len(outputs["log_probs"]) != 3:
-            raise ModelError(
-                f"{self._name}: feats is {inputs['feats']} and log_probs {outputs['log_probs']}, both must have three "
-                "dimensions; make it with jasper export"
-            )
-        batch, bands, frames = inputs["feats"]
-        classes = outputs["log_probs"][2]
-        if classes != config.n_classes:
-            raise ModelError(f"{self._name}: gives {classes} classes, its own config says {config.n_classes}")
-        if bands != config.in_feats:
-            raise ModelError(f"{self._name}: takes {bands} mel bands, its own config says {config.in_feats}")
-        fixed = [size if isinstance(size, int) else None for size in (batch, frames)]
-        return Shapes(fixed[0], fixed[1], properties.get("masked", "true") == "true")
 
 
 def _open(model: Path | bytes, name: str, threads: int | None, provider: Provider) -> Any:
