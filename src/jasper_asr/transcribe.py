@@ -429,10 +429,12 @@ class _Ready:
 
 def load(
     model: str | PathLike[str] = "mini",
-    backend: str = "ort",
+    backend: str = "auto",
     *,
     config: ModelConfig | None = None,
     weights: str = "ema",
+    convolution: str | None = None,
+    precision: str | None = None,
     threads: int | None = None,
     device: int | None = None,
     batch_size: int = 1,
@@ -447,6 +449,8 @@ def load(
     """A Transcriber for a built-in name (`mini`), an .onnx, .om, .pt, .nemo or .safetensors.
 
     `config` and `weights` (`ema` or `raw`) matter for checkpoints only; `threads` None lets the runtime choose.
+    So does `convolution`: `direct`, `spectral` or `auto` (None), whichever is faster by a cost model. `precision` is
+    what the runtime computes in: `f32` (None), `bf16` or `f16` with OpenVINO where the CPU can.
     An .om always runs on the backend `acl`, on the NPU number `device` (0).
     `trim_silence` None does what the config says. `pad_to` (seconds) pads every utterance to that length, as the
     Ascend guide does. A built-in model decodes by beam search with the language model that it ships, others take the
@@ -463,20 +467,24 @@ def load(
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise UsageError(f"{name} {seconds}: must be a number of seconds")
     from jasper_asr.model.checkpoint import load_checkpoint
-    from jasper_asr.model.export import graph_bytes, resolve_model
+    from jasper_asr.model.export import graph_source, resolve_model
 
     path = resolve_model(model)
     if beam is None and not greedy and str(model) in BUILTIN_LMS:
         beam = BeamOptions(lm=str(model))
     lm = _load_lm(beam) if beam else None
+    options: dict[str, Any] = {"threads": threads, "device": device, "precision": precision}
     if path.suffix in (".onnx", ".om"):
+        if convolution:
+            raise UsageError(f"{path}: keeps the convolutions it was exported with; give a checkpoint")
         name = "acl" if path.suffix == ".om" else backend
-        opened = open_backend(name, path, threads=threads, device=device)
+        opened = open_backend(name, path, **options)
     else:
         # alone and at its exact length an utterance needs no masks
         masked = batch_size > 1 or pad_to is not None
         checkpoint = load_checkpoint(path, config=config, weights=weights)
-        opened = open_backend(backend, graph_bytes(checkpoint, masked=masked), threads=threads, device=device)
+        with graph_source(checkpoint, masked=masked, convolution=convolution or "auto") as graph:
+            opened = open_backend(backend, graph, **options)
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
     return Transcriber(
         opened,

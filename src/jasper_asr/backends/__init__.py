@@ -70,6 +70,14 @@ BACKENDS = {
 }
 
 
+def choose_backend(precision: str | None = None) -> str:
+    """What the backend `auto` stands for: openvino where only that computes in `precision`, else ort.
+
+    At float32 onnxruntime was as fast or faster in every case measured; see benchmarks/README.md.
+    """
+    return "ort" if precision in (None, "f32") else "openvino"
+
+
 def open_backend(
     name: str,
     model: Path | bytes,
@@ -80,8 +88,10 @@ def open_backend(
 ) -> Backend:
     """The backend `name` with `model`: a file, or the bytes of an ONNX. Raises UsageError, StorageError or ModelError.
 
+    `precision` is what it computes in, `f32`, `bf16` or `f16`. The name `auto` leaves the choice to `choose_backend`.
     An option that is None is left to the backend; one that it does not know is a UsageError.
     """
+    name = choose_backend(precision) if name == "auto" else name
     if name not in BACKENDS:
         raise UsageError(f"backend {name!r}: choose one of {', '.join(BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")

@@ -65,6 +65,10 @@ class OpenVinoBackend:
     def run(self, feats: NDArray[np.float32], lens: NDArray[np.int32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """See Backend.run; may be called from several threads. Raises ModelError as OrtBackend.run does."""
         check_frames(self._name, self.properties, feats.shape[2])
+        known = (self.shapes.batch_size, self.config.in_feats, self.shapes.frames)
+        if any(size not in (None, given) for size, given in zip(known, feats.shape, strict=True)):
+            # openvino itself would read beyond the end
+            raise ModelError(f"{self._name}: takes feats {_readable(known)}, not {_readable(feats.shape)}")
         try:
             if not hasattr(self._requests, "own"):
                 self._requests.own = self._compiled.create_infer_request()
@@ -117,6 +121,10 @@ def _properties(graph: Any) -> dict[str, str]:
     if "framework" not in info:
         return {}
     return {key: str(value.value) for key, value in info["framework"].items()}
+
+
+def _readable(shape: tuple[int | None, ...]) -> str:
+    return f"[{', '.join(str(size or 'any') for size in shape)}]"
 
 
 def _one_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr.backends.contract import check_finite, check_frames, read_shapes
-from jasper_asr.errors import ModelError, StorageError
+from jasper_asr.errors import ModelError, StorageError, UsageError
 from jasper_asr.model.export import embedded_config
 
 Provider = tuple[str, dict[str, int]]
@@ -23,7 +23,11 @@ def cann_backend(model: Path | bytes, *, device: int = 0) -> "OrtBackend":
 class OrtBackend:
     """An ONNX model that `jasper export` wrote (its metadata carry the config), run by onnxruntime."""
 
-    def __init__(self, model: Path | bytes, *, threads: int | None = None, provider: Provider = CPU) -> None:
+    def __init__(
+        self, model: Path | bytes, *, threads: int | None = None, precision: str = "f32", provider: Provider = CPU
+    ) -> None:
+        if precision != "f32":
+            raise UsageError(f"backend ort: computes in f32, not {precision}; use --backend openvino")
         self._name = str(model) if isinstance(model, Path) else "<graph>"
         self._session: Any = _open(model, self._name, threads, provider)
         self.properties: dict[str, str] = self._session.get_modelmeta().custom_metadata_map

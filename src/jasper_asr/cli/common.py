@@ -57,7 +57,17 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--config", type=click.Path(path_type=Path), help="Model YAML, for a .pt that carries none."),
             click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True),
-            click.option("--backend", default="ort", show_default=True, help="Runtime."),
+            click.option(
+                "--backend", default="auto", show_default=True, help="Runtime: ort, openvino, or the better one."
+            ),
+            click.option(
+                "--convolution",
+                type=click.Choice(["auto", "direct", "spectral"]),
+                help="How a checkpoint's convolutions are computed; both give the same. [auto: the faster]",
+            ),
+            click.option(
+                "--precision", type=click.Choice(["f32", "bf16", "f16"]), help="Arithmetic; all but f32 needs openvino."
+            ),
             click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True),
             click.option(
                 "--threads", type=click.IntRange(1), help="Threads of the runtime; its own choice by default."

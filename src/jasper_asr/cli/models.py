@@ -28,6 +28,11 @@ OPSETS = (11, 21)
 @click.option("--opset", type=click.IntRange(*OPSETS), help="Default: 13, for --target ascend 11.")
 @click.option("--target", type=click.Choice(["onnx", "ascend"]), default="onnx", show_default=True)
 @click.option("--max-frames", type=click.IntRange(1), help="Longest input of --target ascend without --frames. [4000]")
+@click.option(
+    "--convolution",
+    type=click.Choice(["auto", "direct", "spectral"]),
+    help="spectral: small transforms as matrix products, faster for large models. [auto, for --target ascend direct]",
+)
 @click.option("--exact-lengths", is_flag=True, help="Leave the masks out: every utterance must fill all frames.")
 @click.option("--half", is_flag=True, help="Store .safetensors weights as float16.")
 def export(
@@ -45,6 +50,10 @@ def export(
     shape = {name: value for name, value in shape.items() if value is not None}
     if target == "ascend" and (exact_lengths or out.suffix != ".onnx"):
         raise UsageError("--target ascend writes .onnx with masks; leave out --exact-lengths")
+    if target == "ascend" and shape.pop("convolution", "direct") == "spectral":
+        raise UsageError("--target ascend takes direct convolutions only; leave out --convolution")
+    if out.suffix == ".safetensors" and "convolution" in shape:
+        raise UsageError(f"{out}: --convolution is for .onnx only")
     if target == "onnx" and "max_frames" in shape:
         raise UsageError("--max-frames is for --target ascend")
     check_writable(out)
@@ -60,7 +69,9 @@ def export(
         if out.suffix == ".safetensors":
             summary = exports.export_safetensors(checkpoint, out, **source, half=half)
         else:
-            summary = exports.export_onnx(checkpoint, out, **source, **shape, masked=not exact_lengths)
+            summary = exports.export_onnx(
+                checkpoint, out, **source, **{"convolution": "auto"} | shape, masked=not exact_lengths
+            )
     note(f"{out}: {summary}")
 
 

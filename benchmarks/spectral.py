@@ -1,0 +1,204 @@
+"""Direct against spectral convolution: `python benchmarks/spectral.py [--threads 1 2] [--rounds 7] [--tiny]`.
+
+Builds Jasper 10x5 with random weights (seed 0) as graphs of each kind, checks that all give the same log-probs as the
+direct one in onnxruntime, and times onnxruntime and OpenVINO at float32 in alternation, one utterance at a time. Each
+model runs in a process of its own, so that its memory can be told. Prints a Markdown table: median seconds, quartiles,
+and how many times faster than the fastest direct engine. The graphs take 7 GB of disk in --folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from jasper_asr.backends import open_backend
+from jasper_asr.config import builtin_config, load_config
+from jasper_asr.model.checkpoint import Checkpoint, random_weights
+from jasper_asr.model.export import BUILTIN_MODELS, write_graph
+
+SECONDS = (2.0, 7.0, 16.7, 40.0)
+FRAMES_PER_SECOND = 100
+
+
+def main() -> None:
+    """Parse, build, time in alternation, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, nargs="+", default=SECONDS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--backends", nargs="+", default=["ort", "openvino"])
+    parser.add_argument("--precision", choices=["f32", "bf16", "f16"], default="f32", help="of OpenVINO")
+    parser.add_argument("--folder", type=Path, help="Keep the graphs here, and take those that are here.")
+    parser.add_argument("--tile", type=int, help="Frames in a tile (default: chosen for open lengths).")
+    parser.add_argument("--fit", action="store_true", help="A spectral graph for each length, its tile chosen for it.")
+    parser.add_argument("--tiny", action="store_true", help="A quick run with the shape of mini, to see that it works.")
+    parser.add_argument("--worker", nargs=4, metavar=("MODEL", "BACKEND", "THREADS", "PRECISION"))
+    options = parser.parse_args()
+    if options.worker:
+        work(*options.worker)
+        return
+    if options.tiny:
+        options.seconds, options.rounds, options.threads = options.seconds[:1], 2, [1]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        graphs = build(folder, options)
+        print(f"{cpu_name()}, {os.cpu_count()} CPUs; {versions()}; medians of {options.rounds} rounds in alternation\n")
+        for threads in options.threads:
+            report(graphs, threads, options)
+
+
+def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Name -> file of each graph."""
+    mini = BUILTIN_MODELS["mini"].with_name("config.yaml")
+    config = load_config(mini) if options.tiny else builtin_config("jasper10x5dr")
+    kinds: dict[str, dict[str, object]] = {"direct": {"convolution": "direct"}}
+    if options.fit:
+        for seconds in options.seconds:
+            frames = round(seconds * FRAMES_PER_SECOND)
+            kinds[f"spectral {seconds:g} s"] = {"convolution": "spectral", "frames": frames, "batch_size": 1}
+    else:
+        kinds["spectral"] = {"convolution": "spectral", "tile": options.tile}
+    paths = {name: folder / f"{config.name}-{name}-{options.tile or ''}.onnx".replace(" ", "_") for name in kinds}
+    if all(path.exists() for path in paths.values()):
+        return paths
+    weights = random_weights(config, seed=0)
+    # residuals add up: brought down to where the log-probs of a trained network lie, 0 to about -20
+    weights["decoder.layers.0.weight"] /= 50
+    checkpoint = Checkpoint(config, weights, "0" * 64, "ema")
+    for name, path in paths.items():
+        started = time.perf_counter()
+        write_graph(checkpoint, path, **kinds[name])
+        print(f"{name}: written in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return paths
+
+
+def report(graphs: dict[str, Path], threads: int, options: argparse.Namespace) -> None:
+    """One table: rows are engines, columns lengths."""
+    inputs = [round(seconds * FRAMES_PER_SECOND) for seconds in options.seconds]
+    times: dict[tuple[str, str], dict[int, list[float]]] = {}
+    facts: dict[tuple[str, str], dict[str, object]] = {}
+    for frames in inputs:
+        suffix = f" {frames / FRAMES_PER_SECOND:g} s"
+        workers = {}
+        for name, path in graphs.items():
+            if options.fit and name != "direct" and not name.endswith(suffix):
+                continue
+            for backend in options.backends:
+                key = (backend, name.removesuffix(suffix))
+                workers[key] = Worker(path, backend, threads, options.precision if backend == "openvino" else "f32")
+        for key, worker in workers.items():
+            facts.setdefault(key, {}).setdefault("start", worker.ready["seconds"])
+        for round_ in range(options.rounds + 1):
+            for key, worker in workers.items():
+                found = worker.run(frames)
+                if round_:  # the first warms up
+                    times.setdefault(key, {}).setdefault(frames, []).append(found["seconds"])
+                facts[key]["gigabytes"] = max(found["gigabytes"], facts[key].get("gigabytes", 0.0))
+        expected = np.load(workers["ort", "direct"].output) if ("ort", "direct") in workers else None
+        for key, worker in workers.items():
+            if expected is not None:
+                off = float(np.abs(np.load(worker.output) - expected).max())
+                facts[key]["off"] = max(off, facts[key].get("off", 0.0))
+            worker.close()
+    print(f"{threads} thread{'s' if threads > 1 else ''}\n")
+    heads = [f"{frames / FRAMES_PER_SECOND:g} s" for frames in inputs]
+    print(f"| engine | {' | '.join(heads)} | largest difference | start, s | peak GB |")
+    print(f"|---|{'---|' * (len(heads) + 3)}")
+    best = {
+        frames: min(statistics.median(row[frames]) for key, row in times.items() if key[1] == "direct")
+        for frames in inputs
+    }
+    for key, row in times.items():
+        cells = [cell(row[frames], best[frames]) for frames in inputs]
+        fact = facts[key]
+        print(
+            f"| {key[0]} {key[1]} | {' | '.join(cells)} | {fact.get('off', float('nan')):.1e} "
+            f"| {fact['start']:.1f} | {fact['gigabytes']:.2f} |"
+        )
+    print()
+
+
+def cell(times: list[float], best: float) -> str:
+    median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return f"{median:.3f} ({low:.3f} to {high:.3f}), {best / median:.2f}x"
+
+
+class Worker:
+    """A process that holds one model, so that its memory can be measured."""
+
+    def __init__(self, path: Path, backend: str, threads: int, precision: str) -> None:
+        command = [sys.executable, __file__, "--worker", str(path), backend, str(threads), precision]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self.answer()
+        self.output = Path(str(self.ready["output"]))
+
+    def run(self, frames: int) -> dict[str, float]:
+        assert self.process.stdin
+        print(frames, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, float]:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{' '.join(self.process.args[2:])} ended")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+        self.output.unlink(missing_ok=True)
+
+
+def work(path: str, name: str, threads: str, precision: str) -> None:
+    """Load, then for each line with a number of frames run once and answer with JSON."""
+    started = time.perf_counter()
+    backend = open_backend(name, Path(path), threads=int(threads), precision=precision)
+    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
+        output = file.name
+    print(json.dumps({"seconds": time.perf_counter() - started, "output": output}), flush=True)
+    for line in sys.stdin:
+        frames = int(line)
+        shape = (1, backend.config.in_feats, frames)
+        feats = np.random.default_rng(frames).standard_normal(shape).astype(np.float32)
+        started = time.perf_counter()
+        log_probs, _ = backend.run(feats, np.array([frames], np.int32))
+        seconds = time.perf_counter() - started
+        np.save(output, log_probs)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(json.dumps({"seconds": seconds, "gigabytes": peak}), flush=True)
+
+
+def cpu_name() -> str:
+    """As Linux calls it, else what Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+
+
+def versions() -> str:
+    """The runtimes that take part, as far as they are installed."""
+    known = []
+    for package in ("jasper-asr", "onnxruntime", "openvino", "numpy"):
+        try:
+            known.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(known)
+
+
+if __name__ == "__main__":
+    main()
