@@ -18,6 +18,7 @@ import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,31 +87,23 @@ def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
 def report(graphs: dict[str, Path], threads: int, options: argparse.Namespace) -> None:
     """One table: rows are engines, columns lengths."""
     inputs = [round(seconds * FRAMES_PER_SECOND) for seconds in options.seconds]
-    times: dict[tuple[str, str], dict[int, list[float]]] = {}
-    facts: dict[tuple[str, str], dict[str, object]] = {}
+    workers: dict[tuple[str, str], Worker] = {}
+    for name, path in graphs.items():
+        for backend in options.backends:
+            precision = options.precision if backend == "openvino" else "f32"
+            workers[backend, name] = Worker(path, backend, threads, precision)
+    times: dict[tuple[str, str], dict[int, list[float]]] = {key: {} for key in workers}
+    off: dict[tuple[str, str], float] = {}
     for frames in inputs:
-        suffix = f" {frames / FRAMES_PER_SECOND:g} s"
-        workers = {}
-        for name, path in graphs.items():
-            if options.fit and name != "direct" and not name.endswith(suffix):
-                continue
-            for backend in options.backends:
-                key = (backend, name.removesuffix(suffix))
-                workers[key] = Worker(path, backend, threads, options.precision if backend == "openvino" else "f32")
-        for key, worker in workers.items():
-            facts.setdefault(key, {}).setdefault("start", worker.ready["seconds"])
+        fitting = {key: worker for key, worker in workers.items() if fits(key[1], frames)}
         for round_ in range(options.rounds + 1):
-            for key, worker in workers.items():
-                found = worker.run(frames)
+            for key, worker in fitting.items():
+                seconds = worker.run(frames)
                 if round_:  # the first warms up
-                    times.setdefault(key, {}).setdefault(frames, []).append(found["seconds"])
-                facts[key]["gigabytes"] = max(found["gigabytes"], facts[key].get("gigabytes", 0.0))
-        expected = np.load(workers["ort", "direct"].output) if ("ort", "direct") in workers else None
-        for key, worker in workers.items():
-            if expected is not None:
-                off = float(np.abs(np.load(worker.output) - expected).max())
-                facts[key]["off"] = max(off, facts[key].get("off", 0.0))
-            worker.close()
+                    times[key].setdefault(frames, []).append(seconds)
+        expected = np.load(next(iter(fitting.values())).output)
+        for key, worker in fitting.items():
+            off[key] = max(off.get(key, 0.0), float(np.abs(np.load(worker.output) - expected).max()))
     print(f"{threads} thread{'s' if threads > 1 else ''}\n")
     heads = [f"{frames / FRAMES_PER_SECOND:g} s" for frames in inputs]
     print(f"| engine | {' | '.join(heads)} | largest difference | start, s | peak GB |")
@@ -120,13 +113,17 @@ def report(graphs: dict[str, Path], threads: int, options: argparse.Namespace) -
         for frames in inputs
     }
     for key, row in times.items():
-        cells = [cell(row[frames], best[frames]) for frames in inputs]
-        fact = facts[key]
-        print(
-            f"| {key[0]} {key[1]} | {' | '.join(cells)} | {fact.get('off', float('nan')):.1e} "
-            f"| {fact['start']:.1f} | {fact['gigabytes']:.2f} |"
-        )
+        cells = [cell(row[frames], best[frames]) if frames in row else "" for frames in inputs]
+        worker = workers[key]
+        memory = f"{worker.start:.1f} | {worker.gigabytes:.2f}"
+        print(f"| {' '.join(key)} | {' | '.join(cells)} | {off.get(key, float('nan')):.1e} | {memory} |", flush=True)
+        worker.close()
     print()
+
+
+def fits(name: str, frames: int) -> bool:
+    """Whether the graph `name` takes so many frames: `spectral 7 s` takes just 7 seconds."""
+    return not name.endswith(" s") or name.endswith(f" {frames / FRAMES_PER_SECOND:g} s")
 
 
 def cell(times: list[float], best: float) -> str:
@@ -136,31 +133,33 @@ def cell(times: list[float], best: float) -> str:
 
 
 class Worker:
-    """A process that holds one model, so that its memory can be measured."""
+    """A process that holds one model, so that its memory can be measured; `start` in seconds."""
 
     def __init__(self, path: Path, backend: str, threads: int, precision: str) -> None:
         command = [sys.executable, __file__, "--worker", str(path), backend, str(threads), precision]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ready = self.answer()
-        self.output = Path(str(self.ready["output"]))
+        self.start, self.output = self.answer("seconds", "output")
+        self.gigabytes = 0.0
 
-    def run(self, frames: int) -> dict[str, float]:
+    def run(self, frames: int) -> float:
+        """Seconds of one run."""
         assert self.process.stdin
         print(frames, file=self.process.stdin, flush=True)
-        return self.answer()
+        seconds, self.gigabytes = self.answer("seconds", "gigabytes")
+        return seconds
 
-    def answer(self) -> dict[str, float]:
+    def answer(self, *keys: str) -> list[Any]:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{' '.join(self.process.args[2:])} ended")
-        return json.loads(line)
+            sys.exit("a worker ended; see above")
+        return [json.loads(line)[key] for key in keys]
 
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
-        self.output.unlink(missing_ok=True)
+        Path(self.output).unlink(missing_ok=True)
 
 
 def work(path: str, name: str, threads: str, precision: str) -> None:
