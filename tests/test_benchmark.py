@@ -614,7 +614,7 @@ def test_torch_has_no_kinds():
             [Engine("ort", None, "spectral")],
             "tiny.onnx: keeps the convolutions it was exported with; give a checkpoint",
         ),
-        ([Engine("ort", "bf16")], "backend ort: takes no precision; leave it out"),
+        ([Engine("ort", "bf16")], "backend ort: computes in f32, not bf16; use --backend openvino"),
     ],
 )
 def test_comparisons_that_are_none(onnx, engines, message):

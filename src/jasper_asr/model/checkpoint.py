@@ -227,7 +227,7 @@ def _read_safetensors(path: Path) -> tuple[Weights, ModelConfig | None]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name).astype(np.float32, copy=False) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: not a safetensors file ({_one_line(error)}); copy or download it again") from error
     return weights, _embedded_config(path, metadata.get("config"))
