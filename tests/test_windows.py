@@ -1,5 +1,9 @@
 """Long audio: windows give what one pass over the whole gives."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -130,3 +134,14 @@ def test_an_approximate_halo_changes_little_and_is_the_users_choice():
     assert np.abs(chunked - exact).max() < 1e-4
     assert np.abs(rough - exact).max() > 1e-3
     assert (rough.argmax(1) == exact.argmax(1)).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_memory_of_twenty_minutes_is_that_of_two():
+    """Peak memory above the samples, each length in a process of its own: within 1.3 times (benchmarks/memory.py)."""
+    script = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+    argv = [sys.executable, script, "--seconds", "120", "1200"]
+    table = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    ratio = float(table[-1].split("|")[4])
+    assert table[-1].startswith("| 1200 s")
+    assert 0.9 < ratio < 1.3
