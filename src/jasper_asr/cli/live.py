@@ -4,13 +4,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
 from jasper_asr.cli.common import load_model, model_options, note
 from jasper_asr.errors import AudioError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BLOCK_SECONDS = 0.1
 
@@ -70,7 +72,7 @@ def _show(partial: str) -> None:
         click.echo(f"\r\x1b[K{partial[-(width - 1) :]}", err=True, nl=False)
 
 
-def _file_blocks(path: Path) -> tuple[int, Iterator[np.ndarray]]:
+def _file_blocks(path: Path) -> "tuple[int, Iterator[np.ndarray]]":
     from jasper_asr.audio import SAMPLE_RATE, load_audio
 
     samples = load_audio(path)
@@ -78,7 +80,7 @@ def _file_blocks(path: Path) -> tuple[int, Iterator[np.ndarray]]:
     return SAMPLE_RATE, (samples[start : start + size] for start in range(0, len(samples), size))
 
 
-def _microphone_blocks(device: str | None) -> tuple[int, Iterator[np.ndarray]]:
+def _microphone_blocks(device: str | None) -> "tuple[int, Iterator[np.ndarray]]":
     try:
         import sounddevice
     except ModuleNotFoundError as error:
@@ -88,7 +90,7 @@ def _microphone_blocks(device: str | None) -> tuple[int, Iterator[np.ndarray]]:
     return 16_000, _recorded(sounddevice, int(device) if device and device.isdigit() else device)
 
 
-def _recorded(sounddevice: Any, device: int | str | None) -> Iterator[np.ndarray]:
+def _recorded(sounddevice: Any, device: int | str | None) -> "Iterator[np.ndarray]":
     size = round(BLOCK_SECONDS * 16_000)
     try:
         with sounddevice.InputStream(16_000, size, device, channels=1, dtype="float32") as microphone:
