@@ -8,21 +8,19 @@ and how many times faster than the fastest direct engine. The graphs take 7 GB o
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jasper_asr.backends import open_backend
+from jasper_asr.benchmark import describe_machine
 from jasper_asr.config import builtin_config, load_config
 from jasper_asr.model.checkpoint import Checkpoint, random_weights
 from jasper_asr.model.export import BUILTIN_MODELS, write_graph
@@ -54,7 +52,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         graphs = build(folder, options)
-        print(f"{cpu_name()}, {os.cpu_count()} CPUs; {versions()}; medians of {options.rounds} rounds in alternation\n")
+        print(f"{describe_machine()}; medians of {options.rounds} rounds in alternation\n")
         for threads in options.threads:
             report(graphs, threads, options)
 
@@ -179,24 +177,6 @@ def work(path: str, name: str, threads: str, precision: str) -> None:
         np.save(output, log_probs)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps({"seconds": seconds, "gigabytes": peak}), flush=True)
-
-
-def cpu_name() -> str:
-    """As Linux calls it, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-
-
-def versions() -> str:
-    """The runtimes that take part, as far as they are installed."""
-    known = []
-    for package in ("jasper-asr", "onnxruntime", "openvino", "numpy"):
-        try:
-            known.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(known)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,30 @@ import numpy as np
 
 from jasper_asr import cli
 from jasper_asr.audio import write_wav
-from jasper_asr.config import ModelConfig, load_config
+from jasper_asr.config import ModelConfig, load_config, parse_config
 from jasper_asr.model.checkpoint import Checkpoint, load_checkpoint
 from jasper_asr.model.export import graph_bytes
 
 DATA = Path(__file__).parent / "data"
 CHECKPOINT = DATA / "jasper_tiny_v2.pt"
 CONFIG = DATA / "jasper_tiny.yaml"
+
+
+def made_up(blocks: list[dict], bands: int = 8, family: str = "jasper") -> ModelConfig:
+    """A small config with these blocks, each given as what differs from one 1x1 convolution of 6 filters."""
+    plain = {"filters": 6, "repeat": 1, "kernel_size": 1, "stride": 1, "dilation": 1, "dropout": 0.3, "residual": False}
+    rows = [plain | row for row in blocks]
+    bank = {"sample_rate": 16000, "window_size": 0.02, "window_stride": 0.01, "window": "hann", "n_fft": 512}
+    raw = {
+        "name": "made up",
+        "labels": list("abc"),
+        "input_val": {"audio_dataset": {}, "filterbank_features": bank | {"n_filt": bands, "normalize": "per_feature"}},
+        family: {
+            "encoder": {"in_feats": bands, "activation": "relu", "blocks": rows},
+            "decoder": {"in_feats": rows[-1]["filters"]},
+        },
+    }
+    return parse_config(raw, "made-up.yaml")
 
 
 @cache

@@ -10,11 +10,12 @@ import onnx
 import pytest
 import torch
 
+from helpers_audio import made_up
 from jasper_asr import load
 from jasper_asr._version import __version__
 from jasper_asr.backends import BACKENDS, Shapes, open_backend
 from jasper_asr.backends.ort import OrtBackend
-from jasper_asr.config import ModelConfig, load_config, parse_config
+from jasper_asr.config import ModelConfig, load_config
 from jasper_asr.errors import ConfigError, ModelError, StorageError, UsageError
 from jasper_asr.model.checkpoint import random_weights, save_safetensors, weight_shapes
 from jasper_asr.model.export import describe, export_onnx, graph_bytes, resolve_model
@@ -35,23 +36,6 @@ def close(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
 
 def lens_of(*lengths: int) -> np.ndarray:
     return np.array(lengths, np.int32)
-
-
-def made_up(blocks: list[dict], bands: int = 8, family: str = "jasper") -> ModelConfig:
-    """A small config with these blocks, each given as what differs from one 1x1 convolution of 6 filters."""
-    plain = {"filters": 6, "repeat": 1, "kernel_size": 1, "stride": 1, "dilation": 1, "dropout": 0.3, "residual": False}
-    rows = [plain | row for row in blocks]
-    bank = {"sample_rate": 16000, "window_size": 0.02, "window_stride": 0.01, "window": "hann", "n_fft": 512}
-    raw = {
-        "name": "made up",
-        "labels": list("abc"),
-        "input_val": {"audio_dataset": {}, "filterbank_features": bank | {"n_filt": bands, "normalize": "per_feature"}},
-        family: {
-            "encoder": {"in_feats": bands, "activation": "relu", "blocks": rows},
-            "decoder": {"in_feats": rows[-1]["filters"]},
-        },
-    }
-    return parse_config(raw, "made-up.yaml")
 
 
 OWN, DENSE = {"residual": True}, {"residual": True, "residual_dense": True}

@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
+from helpers_audio import made_up
 from jasper_asr import load
 from jasper_asr.backends.ort import OrtBackend
-from jasper_asr.config import ModelConfig, builtin_config, load_config, parse_config
+from jasper_asr.config import ModelConfig, builtin_config, load_config
 from jasper_asr.errors import StorageError, UsageError
 from jasper_asr.model import export
 from jasper_asr.model.checkpoint import Checkpoint, parameter_count, random_weights, save_safetensors
@@ -29,23 +30,6 @@ def lens_of(*lengths: int) -> np.ndarray:
 
 def largest_difference(found: np.ndarray, expected: np.ndarray, lens: np.ndarray) -> float:
     return max(np.abs(row[:n] - other[:n]).max() for row, other, n in zip(found, expected, lens, strict=True))
-
-
-def made_up(blocks: list[dict], bands: int = 8) -> ModelConfig:
-    """A small Jasper with these blocks, each given as what differs from one 1x1 convolution of 6 filters."""
-    plain = {"filters": 6, "repeat": 1, "kernel_size": 1, "stride": 1, "dilation": 1, "dropout": 0.0, "residual": False}
-    rows = [plain | row for row in blocks]
-    bank = {"sample_rate": 16000, "window_size": 0.02, "window_stride": 0.01, "window": "hann", "n_fft": 512}
-    raw = {
-        "name": "made up",
-        "labels": list("abc"),
-        "input_val": {"audio_dataset": {}, "filterbank_features": bank | {"n_filt": bands, "normalize": "per_feature"}},
-        "jasper": {
-            "encoder": {"in_feats": bands, "activation": "relu", "blocks": rows},
-            "decoder": {"in_feats": rows[-1]["filters"]},
-        },
-    }
-    return parse_config(raw, "made-up.yaml")
 
 
 OWN, DENSE = {"residual": True}, {"residual": True, "residual_dense": True}

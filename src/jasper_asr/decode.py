@@ -12,11 +12,7 @@ def greedy(log_probs: NDArray[np.float32], length: int, labels: Sequence[str]) -
     log_probs float [T', n_classes] with the blank last; frames from `length` on are padding and never looked at.
     White space is collapsed: a transcript neither starts nor ends with a space, nor holds two in a row.
     """
-    return path_text(log_probs[:length].argmax(axis=1), labels)
-
-
-def path_text(path: NDArray[np.int64], labels: Sequence[str]) -> str:
-    """What a path int [T'], a class a frame, reads: repeats merged, blanks dropped, white space collapsed."""
+    path = log_probs[:length].argmax(axis=1)
     changed = np.empty(len(path), bool)
     changed[:1] = True
     np.not_equal(path[1:], path[:-1], out=changed[1:])

@@ -11,13 +11,15 @@ after it are known, though the network would look further. They are best-path te
 `finish` transcribes the samples that were pushed, all of them, as `Transcriber.transcribe` does.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jasper_asr import audio, decode
+from jasper_asr import audio
+from jasper_asr.config import ModelConfig
 from jasper_asr.errors import AudioError, UsageError
 from jasper_asr.features import STD_GUARD, log_mel
 from jasper_asr.transcribe import Transcriber, Transcript
@@ -62,13 +64,14 @@ class Stream:
         self._tail = np.zeros(0, np.float32)  # samples of incomplete frames, and their past
         self._log_mels = np.zeros((self._config.in_feats, 0), np.float32)  # of the frames from `_first` on
         self._first = self._heard = 0
-        self._settled_path: list[int] = []
-        self._pending_path: list[int] = []
+        self._settled = _Reading(self._config)
+        self._shown = self._settled
+        self._samples = 0
 
     @property
     def seconds(self) -> float:
         """Seconds of audio pushed so far."""
-        return sum(len(part) for part in self._pushed) / self._rate
+        return self._samples / self._rate
 
     def push(self, samples: NDArray[np.generic]) -> Partial:
         """Add samples [N] or [N, channels], of any length and dtype that `load_audio` takes; what is understood now."""
@@ -76,10 +79,12 @@ class Stream:
         if samples.ndim not in (1, 2) or samples.dtype.kind not in "iuf":
             raise AudioError(f"<stream>: samples are {samples.dtype} {list(samples.shape)}; push [N] or [N, channels]")
         self._pushed.append(samples.copy())
+        self._samples += len(samples)
         self._add_frames(audio.to_mono(samples))
         if self._frames - self._heard >= self._step:
             self._run()
-        return self._partial()
+        silence = self._shown.silent_frames * self._config.frame_seconds
+        return Partial(self._shown.text, self._settled.text, self.seconds, silence)
 
     def finish(self) -> Transcript:
         """The transcript of everything pushed: equal to `transcriber.transcribe((samples, rate))`."""
@@ -110,31 +115,49 @@ class Stream:
     def _run(self) -> None:
         """The network over what is not settled and its left context; settles what has its right context."""
         stride = self._config.stride
-        settled = len(self._settled_path)
+        settled = self._settled.frames
         start = max(0, settled * stride - self._left)
         self._forget_before(start)
         feats = self._normaliser.normalised(self._log_mels[:, start - self._first :])
         path = self._transcriber.run_features(feats).argmax(axis=1)[settled - start // stride :].tolist()
         ready = max(0, (self._frames - self._right) // stride - settled)
-        self._settled_path += path[:ready]
-        self._pending_path = path[ready:]
+        self._settled = self._settled.followed_by(path[:ready])
+        self._shown = self._settled.followed_by(path[ready:])
         self._heard = self._frames
 
     def _forget_before(self, frame: int) -> None:
         self._log_mels = self._log_mels[:, frame - self._first :]
         self._first = frame
 
-    def _partial(self) -> Partial:
-        labels, path = self._config.labels, self._settled_path + self._pending_path
-        spoken = [index for index, label in enumerate(path) if label not in self._silent]
-        silence = (len(path) - 1 - spoken[-1] if spoken else len(path)) * self._config.frame_seconds
-        settled = decode.path_text(np.array(self._settled_path, np.int64), labels)
-        return Partial(decode.path_text(np.array(path, np.int64), labels), settled, self.seconds, silence)
 
-    @property
-    def _silent(self) -> set[int]:
-        labels = self._config.labels
-        return {self._config.blank_id} | ({labels.index(" ")} if " " in labels else set())
+class _Reading:
+    """What a best path reads so far; more frames are read without going through the old ones again.
+
+    `frames` were read, the last `silent_frames` of them blanks or spaces.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self.text, self.frames, self.silent_frames = "", 0, 0
+        self._last = config.blank_id
+        self._space = False  # a space was read, and nothing after it
+
+    def followed_by(self, path: list[int]) -> "_Reading":
+        """A reading of `path`, a class a frame, after this one."""
+        longer, labels, blank = copy(self), self._config.labels, self._config.blank_id
+        letters: list[str] = []
+        for index in path:
+            spoken = index != blank and labels[index] != " "
+            longer.silent_frames = 0 if spoken else longer.silent_frames + 1
+            if index not in (longer._last, blank):
+                if spoken and longer._space and (self.text or letters):
+                    letters.append(" ")
+                letters += [labels[index]] if spoken else []
+                longer._space = not spoken
+            longer._last = index
+        longer.text += "".join(letters)
+        longer.frames += len(path)
+        return longer
 
 
 class _RunningNormaliser:
