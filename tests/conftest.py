@@ -1,5 +1,6 @@
 """Golden vectors (NVIDIA's own code, dither off) and the tiny models that made them, shared by several test files."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from jasper_asr.config import ModelConfig, load_config
 from jasper_asr.model.checkpoint import Checkpoint, load_checkpoint
 
 DATA = Path(__file__).parent / "data"
+
+os.environ["JASPER_CACHE"] = ""  # tests build their graphs, and leave nothing in the home folder
 
 MODELS = {
     "jasper_v1": ("jasper_tiny", "jasper_tiny_v1.pt"),

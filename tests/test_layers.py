@@ -34,7 +34,7 @@ ROOMS = [
 
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 
-TORCH_ANYWHERE = ("model/net.py", "train/")
+TORCH_ANYWHERE = ("model/net.py", "model/net_spectral.py", "train/")
 TORCH_IN_FUNCTIONS = ("benchmark/subject.py", "cli/training.py", "model/checkpoint.py")
 
 HEAVY = ["inflect", "onnx", "onnxruntime", "safetensors", "scipy", "soundfile", "soxr", "torch"]

@@ -63,7 +63,7 @@ def test_products_of_spectra_are_correlations(tile, taps):
     forward, inverse, _ = transforms(tile, taps)
     products = (tile + taps - 1) // 2 * 3
     assert (forward.shape, inverse.shape) == ((products, tile + taps - 1), (tile, products))
-    of_kernel = spectra(kernel, tile)
+    of_kernel = np.concatenate(list(spectra(kernel, tile)))
     assert (of_kernel.shape, of_kernel.dtype) == ((products, 3, 2), np.float32)
     found = inverse @ np.einsum("roc,rc->ro", of_kernel, forward @ x)
     expected = np.array([[np.sum(kernel[o] * x[m : m + taps].T) for o in range(3)] for m in range(tile)])

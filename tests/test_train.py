@@ -327,7 +327,7 @@ def test_training_learns_tones_and_validates_through_the_transcriber(config, tmp
     )
     rows = []
     options = TrainOptions(
-        steps=250, batch_seconds=8.0, warmup=10, lr=3e-3, workers=1, ema=0.95, validate_steps=50, seed=3
+        steps=250, batch_seconds=8.0, warmup=10, lr=3e-3, workers=1, ema=0.95, validate_steps=50, seed=1
     )
     state, skipped = run_training(plain, [corpus], dev, tmp_path / "out", options, report=rows.append)
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -1,7 +1,8 @@
 """Writing files whole or not at all."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            file.writelines(pieces)
+            file.writelines(_one_ahead(pieces))
         os.replace(temporary, path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -24,3 +25,13 @@ def write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _one_ahead(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """`pieces`, the next of which is made while this one is written."""
+    source = iter(pieces)
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, source, None)
+        while (piece := following.result()) is not None:
+            following = pool.submit(next, source, None)
+            yield piece

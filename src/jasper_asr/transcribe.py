@@ -466,8 +466,8 @@ def load(
     for name, seconds in (("chunk_seconds", chunk_seconds), ("halo_seconds", halo_seconds)):
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise UsageError(f"{name} {seconds}: must be a number of seconds")
-    from jasper_asr.model.checkpoint import load_checkpoint
-    from jasper_asr.model.export import graph_source, resolve_model
+    from jasper_asr.model.cache import graph_of
+    from jasper_asr.model.export import resolve_model
 
     path = resolve_model(model)
     if beam is None and not greedy and str(model) in BUILTIN_LMS:
@@ -482,8 +482,8 @@ def load(
     else:
         # alone and at its exact length an utterance needs no masks
         masked = batch_size > 1 or pad_to is not None
-        checkpoint = load_checkpoint(path, config=config, weights=weights)
-        with graph_source(checkpoint, masked=masked, convolution=convolution or "auto") as graph:
+        shape = {"masked": masked, "convolution": convolution or "auto"}
+        with graph_of(path, config=config, weights=weights, **shape) as graph:
             opened = open_backend(backend, graph, **options)
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
     return Transcriber(

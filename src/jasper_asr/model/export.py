@@ -55,7 +55,7 @@ def graph_source(checkpoint: Checkpoint, **shape: Any) -> Iterator[Path | bytes]
     if _fits_inline(checkpoint, **shape):
         yield graph_bytes(checkpoint, **shape)
         return
-    room = 5 * _stored_bytes(checkpoint, **shape) // 4
+    room = 5 * stored_bytes(checkpoint, **shape) // 4
     with TemporaryDirectory(prefix="jasper-", dir=_folder_in_memory(room), ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "graph.onnx"
         write_graph(checkpoint, path, **shape)
@@ -103,10 +103,11 @@ def _folder_in_memory(size: int) -> Path | None:
 
 
 def _fits_inline(checkpoint: Checkpoint, **shape: Any) -> bool:
-    return _stored_bytes(checkpoint, **shape) < INLINE_BYTES
+    return stored_bytes(checkpoint, **shape) < INLINE_BYTES
 
 
-def _stored_bytes(checkpoint: Checkpoint, **shape: Any) -> int:
+def stored_bytes(checkpoint: Checkpoint, **shape: Any) -> int:
+    """What the weights of a graph take; `shape` as in `build_graph`."""
     from jasper_asr.model.spectral import choose_tile, stored_weights
 
     sizes = {name: shape.get(name) for name in ("batch_size", "frames")}

@@ -11,7 +11,7 @@ With `convolution="spectral"` the stretch of stride 1 is written as `jasper_asr.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,9 +44,9 @@ class ExternalWeights:
 
     location: str
     size: int = 0
-    _arrays: list[Callable[[], NDArray[Any]]] = field(default_factory=list)
+    _arrays: list[Callable[[], Iterable[NDArray[Any]]]] = field(default_factory=list)
 
-    def add(self, proto: onnx.TensorProto, size: int, make: Callable[[], NDArray[Any]]) -> None:
+    def add(self, proto: onnx.TensorProto, size: int, make: Callable[[], Iterable[NDArray[Any]]]) -> None:
         """Let `proto` refer to the next place, which starts a page so that it can be mapped."""
         proto.data_location = TensorProto.EXTERNAL
         entry = {"location": self.location, "offset": self.size, "length": size}
@@ -56,11 +56,14 @@ class ExternalWeights:
         self.size += size + -size % _PAGE
 
     def pieces(self) -> Iterator[memoryview | bytes]:
-        """The bytes of the file, a weight at a time."""
+        """The bytes of the file, a block at a time."""
         for make in self._arrays:
-            content = _little_endian(make())
-            yield content
-            yield bytes(-len(content) % _PAGE)
+            size = 0
+            for block in make():
+                content = _little_endian(block)
+                size += len(content)
+                yield content
+            yield bytes(-size % _PAGE)
 
 
 def build_graph(
@@ -177,7 +180,7 @@ class Graph:
         if key in self._small:
             return self._small[key]
         name = self.tensor(
-            name or f"constant_{len(self.proto.initializer)}", values.shape, lambda: values, values.dtype
+            name or f"constant_{len(self.proto.initializer)}", values.shape, lambda: [values], values.dtype
         )
         if key:
             self._small[key] = name
@@ -187,16 +190,19 @@ class Graph:
         self,
         name: str,
         shape: tuple[int, ...],
-        make: Callable[[], NDArray[Any]],
+        make: Callable[[], Iterable[NDArray[Any]]],
         dtype: np.dtype[Any] = _FLOAT32,
     ) -> str:
-        """Name of an initializer whose values `make` returns when they are needed: now, or while they are written."""
+        """Name of an initializer whose values `make` gives, in blocks that follow each other, when they are needed.
+
+        That is now, or while they are written.
+        """
         proto = self.proto.initializer.add(name=name, data_type=helper.np_dtype_to_tensor_dtype(dtype), dims=shape)
         size = math.prod(shape) * dtype.itemsize
         if self.external and size >= EXTERNAL_BYTES:
             self.external.add(proto, size, make)
         else:
-            proto.raw_data = bytes(_little_endian(make()))
+            proto.raw_data = b"".join(map(_little_endian, make()))
         return name
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
@@ -392,7 +398,10 @@ def folded(weights: Weights, layer: ConvLayer) -> tuple[NDArray[np.float32], NDA
     kernel = weights[f"{layer.name}.weight"]
     if not layer.norm:
         return kernel, np.zeros(layer.shape[0], np.float32)
-    return (kernel * _scale(weights, layer)[:, None, None]).astype(np.float32), folded_bias(weights, layer)
+    scaled = np.empty_like(kernel)
+    # numpy casts a piece at a time here: no float64 copy of a large kernel
+    np.multiply(kernel, _scale(weights, layer)[:, None, None], out=scaled, dtype=np.float64, casting="same_kind")
+    return scaled, folded_bias(weights, layer)
 
 
 def folded_bias(weights: Weights, layer: ConvLayer) -> NDArray[np.float32]:

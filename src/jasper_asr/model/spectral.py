@@ -16,7 +16,7 @@ the weights in the order in which they lie, once, and copies none of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +36,9 @@ LONG_FRAMES, SHORT_FRAMES = 1500, 500
 
 LARGEST_TILE = 32
 """In output frames: weights grow by R/K, to 4.6 GB for Jasper 10x5 at 32, and larger tiles save little time for it."""
+
+_BLOCK = 16_000_000
+"""Bytes of spectra that are made at once."""
 
 
 def choose_tile(
@@ -154,11 +157,16 @@ def transforms(tile: int, taps: int) -> tuple[NDArray[np.float32], NDArray[np.fl
     return forward.astype(np.float32), inverse.astype(np.float32), of_kernel.astype(np.float32)
 
 
-def spectra(kernel: NDArray[np.float32], tile: int) -> NDArray[np.float32]:
-    """The spectra float32 [R, O, C] of a kernel [O, C, K], by one product with a small matrix."""
+def spectra(kernel: NDArray[np.float32], tile: int) -> Iterator[NDArray[np.float32]]:
+    """The spectra float32 [R, O, C] of a kernel [O, C, K], by products with a small matrix, in blocks of rows.
+
+    Blocks of this size are given the memory of the one before; whole, each would be mapped anew by the system.
+    """
     outputs, channels, taps = kernel.shape
-    of_kernel = transforms(tile, taps)[2]
-    return (of_kernel @ kernel.reshape(-1, taps).T).reshape(-1, outputs, channels)
+    of_kernel, columns = transforms(tile, taps)[2], kernel.reshape(-1, taps).T
+    rows = max(1, _BLOCK // (4 * outputs * channels))
+    for start in range(0, len(of_kernel), rows):
+        yield (of_kernel[start : start + rows] @ columns).reshape(-1, outputs, channels)
 
 
 class Tiles:
