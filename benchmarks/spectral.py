@@ -21,9 +21,10 @@ import numpy as np
 
 from jasper_asr.backends import open_backend
 from jasper_asr.benchmark import describe_machine
-from jasper_asr.config import builtin_config, load_config
+from jasper_asr.config import ModelConfig, builtin_config, load_config
 from jasper_asr.model.checkpoint import Checkpoint, random_weights
 from jasper_asr.model.export import BUILTIN_MODELS, write_graph
+from jasper_asr.model.spectral import choose_tile, predicted_speedup
 
 SECONDS = (2.0, 7.0, 16.7, 40.0)
 FRAMES_PER_SECOND = 100
@@ -59,8 +60,7 @@ def main() -> None:
 
 def build(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
     """Name -> file of each graph."""
-    mini = BUILTIN_MODELS["mini"].with_name("config.yaml")
-    config = load_config(mini) if options.tiny else builtin_config("jasper10x5dr")
+    config = network(options)
     kinds: dict[str, dict[str, object]] = {"direct": {"convolution": "direct"}}
     if options.fit:
         for seconds in options.seconds:
@@ -116,7 +116,28 @@ def report(graphs: dict[str, Path], threads: int, options: argparse.Namespace) -
         memory = f"{worker.start:.1f} | {worker.gigabytes:.2f}"
         print(f"| {' '.join(key)} | {' | '.join(cells)} | {off.get(key, float('nan')):.1e} | {memory} |", flush=True)
         worker.close()
+    print("\nThe cost model expected, against direct:")
+    for name in graphs:
+        if name != "direct":
+            lengths = [frames for frames in inputs if fits(name, frames)]
+            print(f"- {name}: {', '.join(expectation(name, frames, options) for frames in lengths)}")
     print()
+
+
+def expectation(name: str, frames: int, options: argparse.Namespace) -> str:
+    """What the cost model says of a graph at a length."""
+    config, fixed = network(options), name.endswith(" s")
+    shape = {"batch_size": 1, "frames": frames} if fixed else {}
+    tile = options.tile or choose_tile(config, "spectral", **shape)
+    assert tile
+    return (
+        f"{predicted_speedup(config, tile, frames, fixed=fixed):.2f}x at {frames / FRAMES_PER_SECOND:g} s (tile {tile})"
+    )
+
+
+def network(options: argparse.Namespace) -> ModelConfig:
+    mini = BUILTIN_MODELS["mini"].with_name("config.yaml")
+    return load_config(mini) if options.tiny else builtin_config("jasper10x5dr")
 
 
 def fits(name: str, frames: int) -> bool:

@@ -15,7 +15,14 @@ from jasper_asr.model import export
 from jasper_asr.model.checkpoint import Checkpoint, parameter_count, random_weights, save_safetensors
 from jasper_asr.model.export import BUILTIN_MODELS, describe, export_onnx, graph_source, write_graph
 from jasper_asr.model.graph import build_graph
-from jasper_asr.model.spectral import choose_tile, first_spectral_block, spectra, stored_weights, transforms
+from jasper_asr.model.spectral import (
+    choose_tile,
+    first_spectral_block,
+    predicted_speedup,
+    spectra,
+    stored_weights,
+    transforms,
+)
 
 TOLERANCE = 1e-4
 
@@ -369,3 +376,14 @@ def test_jasper_10x5(tmp_path):
     for (direct, lens), (spectral, same) in zip(found["direct"], found["spectral"], strict=True):
         assert lens.tolist() == same.tolist()
         assert largest_difference(spectral, direct, lens) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("frames", "fixed", "measured"),
+    [(700, True, 3.02), (1670, True, 3.78), (4000, True, 4.43), (700, False, 2.75), (1670, False, 3.80)],
+)
+def test_the_cost_model_expects_what_was_measured(frames, fixed, measured):
+    """Against benchmarks/README.md, Jasper 10x5 on two AVX2 cores."""
+    config = builtin_config("jasper10x5dr")
+    tile = choose_tile(config, "spectral", frames=frames if fixed else None)
+    assert predicted_speedup(config, tile, frames, fixed=fixed) == pytest.approx(measured, rel=0.2)

@@ -57,18 +57,27 @@ def choose_tile(
         return None
     batch, fixed = batch_size or 1, frames is not None
 
-    def cost(tile: int, length: int) -> float:
-        # with open frames the last tile and the last panel are half full on average
-        tiles = batch * (-(-length // tile) if fixed else length / tile + 0.5)
-        return sum(_spectral_cost(layer, tile, tiles, whole_panels=fixed) for layer in layers)
+    def speedup(tile: int, frames: int) -> float:
+        return predicted_speedup(config, tile, frames, batch_size=batch, fixed=fixed)
 
-    length = _length_of_tiles(config, frames or LONG_FRAMES)
     step = 2 * math.lcm(*(layer.dilation for layer in layers))  # each phase of a dilated tile must be even
-    tile = min(range(step * -(-8 // step), max(LARGEST_TILE, step) + 1, step), key=lambda tile: cost(tile, length))
-    if convolution == "spectral":
-        return tile
-    length = _length_of_tiles(config, frames or SHORT_FRAMES)
-    return tile if cost(tile, length) < sum(_direct_cost(layer, length * batch) for layer in layers) else None
+    tiles = range(step * -(-8 // step), max(LARGEST_TILE, step) + 1, step)
+    tile = max(tiles, key=lambda tile: speedup(tile, frames or LONG_FRAMES))
+    return tile if convolution == "spectral" or speedup(tile, frames or SHORT_FRAMES) > 1 else None
+
+
+def predicted_speedup(
+    config: ModelConfig, tile: int, frames: int, *, batch_size: int = 1, fixed: bool = False
+) -> float:
+    """How many times faster than direct the wide convolutions over `frames` feature frames are, by the cost model.
+
+    `fixed`: the graph is for just this length. benchmarks/README.md holds it against measurements.
+    """
+    layers, length = _wide_layers(config), _length_of_tiles(config, frames)
+    # with open frames the last tile and the last panel are half full on average
+    tiles = batch_size * (-(-length // tile) if fixed else length / tile + 0.5)
+    spectral = sum(_spectral_cost(layer, tile, tiles, whole_panels=fixed) for layer in layers)
+    return sum(_direct_cost(layer, length * batch_size) for layer in layers) / spectral
 
 
 def _length_of_tiles(config: ModelConfig, length: int) -> int:
