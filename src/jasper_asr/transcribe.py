@@ -466,7 +466,7 @@ def load(
     for name, seconds in (("chunk_seconds", chunk_seconds), ("halo_seconds", halo_seconds)):
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise UsageError(f"{name} {seconds}: must be a number of seconds")
-    from jasper_asr.model.cache import graph_of
+    from jasper_asr.model.cache import open_built
     from jasper_asr.model.export import resolve_model
 
     path = resolve_model(model)
@@ -483,8 +483,9 @@ def load(
         # alone and at its exact length an utterance needs no masks
         masked = batch_size > 1 or pad_to is not None
         shape = {"masked": masked, "convolution": convolution or "auto"}
-        with graph_of(path, config=config, weights=weights, **shape) as graph:
-            opened = open_backend(backend, graph, **options)
+        opened = open_built(
+            path, lambda graph: open_backend(backend, graph, **options), config=config, weights=weights, **shape
+        )
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
     return Transcriber(
         opened,

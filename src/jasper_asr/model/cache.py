@@ -9,37 +9,41 @@ names another cache folder, or, if empty, turns this off. Whatever goes wrong he
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jasper_asr._version import __version__
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, StorageError
 
+Opened = TypeVar("Opened")
+
 LARGEST_CACHE = 12_000_000_000
 """Bytes of all graphs together; those that were not used for longest go first. Jasper 10x5 takes 1.3 to 4.6 GB."""
 
 
-@contextmanager
-def graph_of(path: Path, *, config: ModelConfig | None = None, weights: str = "ema", **shape: Any) -> Iterator[Any]:
-    """The graph of a checkpoint file as a backend opens it, a Path or bytes: the kept one, else built.
+def open_built(
+    path: Path,
+    open_graph: Callable[[Path | bytes], Opened],
+    *,
+    config: ModelConfig | None = None,
+    weights: str = "ema",
+    **shape: Any,
+) -> Opened:
+    """What `open_graph` makes of the graph of a checkpoint file: of the kept one or, if there is none, of a new one.
 
-    What is built is kept if it can be. `shape` goes to `build_graph`, the rest to `load_checkpoint`. Raises as they do,
-    and ModelError for a damaged graph.
+    A kept graph that cannot be opened is built again. `shape` goes to `build_graph`, the rest to `load_checkpoint`.
+    Raises as they and `open_graph` do.
     """
     kept = _place(path, config, weights=weights, **shape)
     if kept and kept.is_file():
         with suppress(OSError):
             os.utime(kept)  # others go before it
-        try:
-            yield kept
-        except ModelError as error:
-            shutil.rmtree(kept.parent, ignore_errors=True)
-            raise ModelError(f"{kept}: this kept graph is damaged and has been removed; run again") from error
-        return
+        with suppress(ModelError):  # if not its fault, it comes again
+            return open_graph(kept)
     from jasper_asr.model.checkpoint import load_checkpoint
     from jasper_asr.model.export import graph_source, stored_bytes, write_graph
 
@@ -47,11 +51,9 @@ def graph_of(path: Path, *, config: ModelConfig | None = None, weights: str = "e
     if kept and _make_room(kept, stored_bytes(checkpoint, **shape)):
         with suppress(StorageError):
             write_graph(checkpoint, kept, **shape)
-    if kept and kept.is_file():
-        yield kept
-        return
+            return open_graph(kept)
     with graph_source(checkpoint, **shape) as graph:
-        yield graph
+        return open_graph(graph)
 
 
 def cache_folder() -> Path | None:
