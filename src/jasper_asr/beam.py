@@ -53,6 +53,7 @@ class BeamSearch:
     Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives words, and phrases of several, a
     score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there
     unless it is the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
+    None is -16 times the weight of the language model, at most -8: no worse on held-out speech than twice as much.
     Raises UsageError for a hotword that cannot be said or has no number for its weight, and for a beam without width.
     """
 
@@ -61,17 +62,19 @@ class BeamSearch:
         labels: Sequence[str],
         *,
         lm: NgramModel | None = None,
-        beam_width: int = 64,
+        beam_width: int = 40,
         lm_weight: float = LM_WEIGHT,
         word_bonus: float = WORD_BONUS,
         unknown_penalty: float = UNKNOWN_PENALTY,
         hotwords: Mapping[str, float] | None = None,
         token_min_logp: float = -5.0,
-        beam_min_logp: float = -16.0,
+        beam_min_logp: float | None = None,
     ) -> None:
         if beam_width < 1:
             raise UsageError(f"beam width {beam_width}: must be at least 1")
         self._scorer = _Scorer(lm, labels, lm_weight, word_bonus, unknown_penalty, hotwords or {})
+        if beam_min_logp is None:
+            beam_min_logp = -16.0 * max(0.5, lm_weight)  # the more the language model weighs, the more scores spread
         self._width, self._token_min_logp, self._beam_min_logp = beam_width, token_min_logp, beam_min_logp
 
     def __call__(self, log_probs: NDArray[np.floating], length: int) -> list[Hypothesis]:
@@ -103,7 +106,7 @@ def tune(
     lm: NgramModel,
     grid: Iterable[tuple[float, float]],
     *,
-    beam_width: int = 64,
+    beam_width: int = 40,
 ) -> Iterator[Trial]:
     """What each (lm_weight, word_bonus) of `grid` gives on utterances [T', n_classes]."""
     for weight, bonus in grid:

@@ -46,7 +46,7 @@ class BeamOptions:
     """
 
     lm: str | PathLike[str] | None = None
-    width: int = 64
+    width: int = 40
     lm_weight: float | None = None
     word_bonus: float | None = None
     hotwords: Mapping[str, float] | None = None

@@ -60,7 +60,7 @@ def hear(
     return Heard(tuple(log_probs), tuple(kept), tuple(errors))
 
 
-def search(heard: Heard, labels: Sequence[str], lm: NgramModel, *, beam_width: int = 64) -> Iterator[Trial]:
+def search(heard: Heard, labels: Sequence[str], lm: NgramModel, *, beam_width: int = 40) -> Iterator[Trial]:
     """All trials as they are made: COARSE, then what lies around the best so far."""
     trials: list[Trial] = []
     for step in (None, *_STEPS):

@@ -79,7 +79,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 help="Best path, in place of the beam search that a built-in model defaults to.",
             ),
             click.option("--lm", help="Beam search with this n-gram model: a file, `mini`, or `none`."),
-            click.option("--beam-width", type=click.IntRange(1), help="Beam search with so many prefixes. [64]"),
+            click.option("--beam-width", type=click.IntRange(1), help="Beam search with so many prefixes. [40]"),
             click.option("--lm-weight", type=float, help="How much the language model counts."),
             click.option("--word-bonus", type=float, help="Added for each word."),
             click.option(

@@ -34,7 +34,7 @@ def tune_lm(
             raise UsageError(f"{flag} does not go with tune-lm; leave it out")
     from jasper_asr import tune
 
-    lm, beam_width = _language_model(options), options.pop("beam_width") or 64
+    lm, beam_width = _language_model(options), options.pop("beam_width") or 40
     rows = read_manifests(manifest, audio_root, allow_outside_root)
     with load_model(options | {"greedy": True}) as transcriber, progress("listening", len(rows), "clips") as advance:
         heard = tune.hear(transcriber, rows, progress=advance)
