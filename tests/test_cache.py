@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -91,8 +93,8 @@ def test_those_unused_for_longest_go_first(folder, model, monkeypatch):
     log_probs(model, convolution="direct")
     log_probs(model, convolution="spectral")
     direct, spectral = sorted(graphs(folder), key=lambda path: path.stat().st_size)
-    os.utime(direct, (1e9, 1e9))
-    os.utime(spectral, (2e9, 2e9))
+    os.utime(direct.parent, (1e9, 1e9))
+    os.utime(spectral.parent, (2e9, 2e9))
     total = direct.stat().st_size + spectral.stat().st_size
     monkeypatch.setattr(cache, "LARGEST_CACHE", total + 100_000)
     log_probs(model, convolution="direct", batch_size=2)
@@ -101,12 +103,47 @@ def test_those_unused_for_longest_go_first(folder, model, monkeypatch):
     assert len(graphs(folder)) == 2
 
 
+def test_processes_that_start_together_do_not_meet(folder, model, tmp_path):
+    """Each opens a whole graph: what one writes is never what another reads."""
+    script = (
+        "import sys, numpy as np, jasper_asr\n"
+        "with jasper_asr.load(sys.argv[1], threads=1) as transcriber:\n"
+        "    samples = np.random.default_rng(5).standard_normal(24_000) * 0.1\n"
+        "    np.save(sys.argv[2], transcriber.log_probs([samples.astype(np.float32)])[0])\n"
+    )
+    outputs = [tmp_path / f"{index}.npy" for index in range(4)]
+    started = [subprocess.Popen([sys.executable, "-c", script, model, out]) for out in outputs]
+    assert [process.wait(60) for process in started] == [0] * 4
+    expected = log_probs(model)
+    for out in outputs:
+        np.testing.assert_array_equal(np.load(out), expected)
+    assert [entry.name[:5] for entry in folder.iterdir()] == ["tiny-"]
+
+
+def test_a_faster_process_wins(folder, model, monkeypatch):
+    """Between the building and the moving another process has put its graph there."""
+    expected, (path,) = log_probs(model), graphs(folder)
+    write_graph = export.write_graph
+    aside = folder.parent / "aside"
+    path.parent.rename(aside)
+
+    def late(*arguments, **options):
+        result = write_graph(*arguments, **options)
+        aside.rename(path.parent)
+        return result
+
+    monkeypatch.setattr(export, "write_graph", late)
+    np.testing.assert_array_equal(log_probs(model), expected)
+    assert graphs(folder) == [path]
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_use_counts_as_use(folder, model):
     log_probs(model)
     (path,) = graphs(folder)
-    os.utime(path, (1e9, 1e9))
+    os.utime(path.parent, (1e9, 1e9))
     log_probs(model)
-    assert path.stat().st_mtime > 1.5e9
+    assert path.parent.stat().st_mtime > 1.5e9
 
 
 def refuse(path, _pieces) -> None:

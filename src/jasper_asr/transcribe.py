@@ -41,12 +41,12 @@ class Clip:
 class BeamOptions:
     """Beam search: `lm` is an n-gram model (a file, or the built-in `mini`), None searches without one.
 
-    Weights that are None are those that `jasper_asr.beam` was tuned to. `hotwords` gives words, and phrases of several,
-    what is added for each time that they are said.
+    A width and weights that are None are those that `jasper_asr.beam` was tuned to. `hotwords` gives words, and
+    phrases of several, what is added for each time that they are said.
     """
 
     lm: str | PathLike[str] | None = None
-    width: int = 40
+    width: int | None = None
     lm_weight: float | None = None
     word_bonus: float | None = None
     hotwords: Mapping[str, float] | None = None
@@ -511,7 +511,7 @@ def _load_lm(options: BeamOptions) -> "NgramModel | None":
 def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelConfig) -> Decoder:
     from jasper_asr.beam import BeamSearch
 
-    given = {"lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
-    weights: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    search = BeamSearch(config.labels, lm=lm, beam_width=options.width, hotwords=options.hotwords, **weights)
+    given = {"beam_width": options.width, "lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    search = BeamSearch(config.labels, lm=lm, hotwords=options.hotwords, **chosen)
     return lambda rows: search(rows, len(rows))[0].text

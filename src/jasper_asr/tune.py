@@ -11,7 +11,7 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from jasper_asr.beam import Trial, tune
+from jasper_asr.beam import BEAM_WIDTH, Trial, tune
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.errors import JasperError, ManifestError
 from jasper_asr.evaluate import reference_text
@@ -60,7 +60,7 @@ def hear(
     return Heard(tuple(log_probs), tuple(kept), tuple(errors))
 
 
-def search(heard: Heard, labels: Sequence[str], lm: NgramModel, *, beam_width: int = 40) -> Iterator[Trial]:
+def search(heard: Heard, labels: Sequence[str], lm: NgramModel, *, beam_width: int = BEAM_WIDTH) -> Iterator[Trial]:
     """All trials as they are made: COARSE, then what lies around the best so far."""
     trials: list[Trial] = []
     for step in (None, *_STEPS):

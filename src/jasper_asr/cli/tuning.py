@@ -33,8 +33,9 @@ def tune_lm(
         if options.pop(name):
             raise UsageError(f"{flag} does not go with tune-lm; leave it out")
     from jasper_asr import tune
+    from jasper_asr.beam import BEAM_WIDTH
 
-    lm, beam_width = _language_model(options), options.pop("beam_width") or 40
+    lm, beam_width = _language_model(options), options.pop("beam_width") or BEAM_WIDTH
     rows = read_manifests(manifest, audio_root, allow_outside_root)
     with load_model(options | {"greedy": True}) as transcriber, progress("listening", len(rows), "clips") as advance:
         heard = tune.hear(transcriber, rows, progress=advance)
