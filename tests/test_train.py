@@ -138,6 +138,20 @@ def test_noise_power_matches_the_ratio(snr):
     assert abs(ratio - snr) < 0.5
 
 
+def test_a_room_rings_as_long_and_as_loud_as_asked():
+    """One frame of sound: its tail holds 10^(-ratio/10) of its energy and is 60 dB down after the decay time."""
+    silence = math.log(1e-12)
+    click = np.full((64, 400), silence, np.float32)
+    click[:, 10] = 0.0
+    power = np.exp(augment.add_room(click, decay_seconds=0.5, ratio_db=6.0, hop_seconds=0.01).astype(np.float64))
+    power -= 2.0**-24  # the guard of the logarithm
+    tail = power[:, 11:].clip(0)
+    np.testing.assert_allclose(power[:, 10], 1.0, rtol=1e-5)
+    np.testing.assert_allclose(tail.sum(axis=1), 10**-0.6, rtol=1e-3)
+    np.testing.assert_allclose(tail[:, 20] / tail[:, 0], 10 ** (-60 * 0.2 / 0.5 / 10), rtol=2e-2)
+    assert (power[:, :10] < 1e-9).all()
+
+
 def test_spec_augment_masks_whole_bands_and_frames_and_spares_the_rest():
     masks = SpecAugmentConfig(freq_masks=2, max_freq=10, time_masks=2, max_time=30)
     covered = []
@@ -208,7 +222,7 @@ def test_an_epoch_holds_every_utterance_once_within_the_batch_size():
 
 def test_batches_are_padded_with_zeros_and_depend_on_the_seed_alone(cache, config):
     def batch(seed):
-        return make_batch(cache, np.arange(6), config, np.random.default_rng(seed), noise=0.5)
+        return make_batch(cache, np.arange(6), config, np.random.default_rng(seed), noise=0.5, rooms=0.5)
 
     one, same, other = batch(1), batch(1), batch(2)
     np.testing.assert_array_equal(one.features, same.features)
@@ -216,6 +230,23 @@ def test_batches_are_padded_with_zeros_and_depend_on_the_seed_alone(cache, confi
     for row, length in zip(one.features, one.lens, strict=True):
         assert (row[:, length:] == 0).all()
     assert one.target_lens.sum() == len(one.targets)
+
+
+def test_two_processes_may_compute_the_same_features_at_once(corpus, config, tmp_path, monkeypatch):
+    """Another process finishes the same file while this one is at work: both get it, and nothing is left over."""
+
+    def interrupted(done, total):
+        if done == 3:
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 1)
+                build_cache([corpus], config, tmp_path, jobs=1)
+
+    built, _ = build_cache([corpus], config, tmp_path, jobs=1, progress=interrupted)
+    alone, _ = build_cache([corpus], config, tmp_path / "alone", jobs=1)
+    assert len(built) == len(alone) == len(corpus)
+    for index in range(len(alone)):
+        np.testing.assert_array_equal(built.log_mels(index), alone.log_mels(index))
+    assert sorted(p.name for p in tmp_path.glob("features*")) == sorted(p.name for p in (tmp_path / "alone").iterdir())
 
 
 def test_fits_counts_repeats(config):

@@ -34,6 +34,7 @@ from jasper_asr.cli.common import Variadic, named_config, note, progress, read_m
 @click.option("--schedule", type=click.Choice(["cosine", "poly"]), default="cosine", show_default=True)
 @click.option("--ema", default=0.999, show_default=True)
 @click.option("--noise", default=0.0, show_default=True, help="Share of utterances that get noise added.")
+@click.option("--rooms", default=0.0, show_default=True, help="Share of utterances that get a room added.")
 @click.option("--seed", default=1, show_default=True)
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
 @click.option("--workers", default=2, show_default=True, help="Threads that prepare batches.")

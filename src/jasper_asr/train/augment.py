@@ -7,6 +7,7 @@ which is speed perturbation and vocal tract length perturbation (Jaitly and Hint
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from jasper_asr.config import FeatureConfig, SpecAugmentConfig, SpeedPerturbationConfig
 from jasper_asr.features import LOG_GUARD, hz_to_mel, mel_to_hz
@@ -51,6 +52,19 @@ def add_noise(log_mels: Float32, snr_db: float, rng: np.random.Generator) -> Flo
     noise = rng.standard_gamma(3.0, (bands, frames), dtype=np.float32) / np.float32(3)
     noisy: Float32 = np.log(power + noise * (level * shape).astype(np.float32) + np.float32(LOG_GUARD))
     return noisy
+
+
+def add_room(log_mels: Float32, decay_seconds: float, ratio_db: float, hop_seconds: float) -> Float32:
+    """A late reverberation whose energy is `ratio_db` below the speech and falls by 60 dB in `decay_seconds`.
+
+    Energy that arrives late adds to what is said meanwhile, as power: the exponential tail of Polack's model of a room
+    (1988), the same in all bands. Early reflections are within a frame and colour only the spectrum.
+    """
+    power = np.exp(np.minimum(log_mels, 60.0))
+    keep = 10 ** (-6.0 * hop_seconds / decay_seconds)
+    tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=1)
+    late: Float32 = np.log(power + tail * 10 ** (-ratio_db / 10) + LOG_GUARD).astype(np.float32)
+    return late
 
 
 def spec_augment(features: Float32, config: SpecAugmentConfig, rng: np.random.Generator) -> None:

@@ -131,10 +131,11 @@ def make_batch(
     rng: np.random.Generator,
     *,
     noise: float,
+    rooms: float = 0.0,
 ) -> Batch:
-    """Augmented, normalised, padded features of `indices`; `noise` is the share of utterances that get noise."""
+    """Augmented, normalised, padded features of `indices`; `noise`, `rooms`: shares of utterances that get them."""
     speed = config.train_dataset.speed_perturbation if config.train_dataset else None
-    rows = [_augmented(cache, int(index), config, speed, config.spec_augment, rng, noise) for index in indices]
+    rows = [_augmented(cache, int(index), config, speed, config.spec_augment, rng, noise, rooms) for index in indices]
     lens = np.array([row.shape[1] for row in rows], np.int64)
     frames = -(-int(lens.max()) // PAD_FRAMES) * PAD_FRAMES
     padded = np.zeros((len(rows), config.features.n_filt, frames), np.float32)
@@ -165,6 +166,7 @@ def _augmented(
     masks: SpecAugmentConfig | None,
     rng: np.random.Generator,
     noise: float,
+    rooms: float,
 ) -> NDArray[np.float32]:
     log_mels = cache.log_mels(index)
     if speed is not None:
@@ -172,6 +174,10 @@ def _augmented(
         if not fits(round(log_mels.shape[1] / tempo), cache.targets[index], config):
             tempo = 1.0
         log_mels = augment.change_speed(log_mels, tempo, pitch, config.features)
+    if rooms and rng.random() < rooms:
+        hop_seconds = config.features.hop_length / config.features.sample_rate
+        decay, ratio = float(rng.uniform(0.15, 0.8)), float(rng.uniform(0, 20))
+        log_mels = augment.add_room(log_mels, decay, ratio, hop_seconds)
     if noise and rng.random() < noise:
         log_mels = augment.add_noise(log_mels, float(rng.uniform(5, 30)), rng)
     normalised = features.normalize(log_mels)
@@ -212,7 +218,7 @@ def _compute(
     progress: Progress | None,
 ) -> None:
     offsets, targets, skipped = [0], [], []
-    partial = values_path.with_suffix(".part")
+    partial = values_path.with_suffix(f".{os.getpid()}.part")  # runs that start side by side make the same file
     with partial.open("wb") as out, ThreadPoolExecutor(jobs) as pool:
         for done, (row, result) in enumerate(
             zip(utterances, pool.map(lambda u: _prepare(u, config), utterances), strict=True)
@@ -227,7 +233,7 @@ def _compute(
             if progress:
                 progress(done + 1, len(utterances))
     os.replace(partial, values_path)
-    temporary = index_path.with_suffix(".part")
+    temporary = index_path.with_suffix(f".{os.getpid()}.part")
     temporary.write_text(json.dumps({"offsets": offsets, "targets": targets, "skipped": skipped}))
     os.replace(temporary, index_path)
 

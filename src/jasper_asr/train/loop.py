@@ -42,6 +42,7 @@ class TrainOptions:
     ema: float = 0.999
     clip: float = 1.0
     noise: float = 0.0
+    rooms: float = 0.0
     seed: int = 1
     bf16: bool = False
     workers: int = 2
@@ -332,7 +333,7 @@ def _batches(
     pending: list[Future[Batch]] = []
     for number, indices in _schedule(plan, step, options.steps, rank, world):
         rng = np.random.default_rng([options.seed, number, rank])
-        pending.append(pool.submit(make_batch, cache, indices, config, rng, noise=options.noise))
+        pending.append(pool.submit(make_batch, cache, indices, config, rng, noise=options.noise, rooms=options.rooms))
         if len(pending) > 2 * options.workers:
             yield pending.pop(0).result()
     for future in pending:
