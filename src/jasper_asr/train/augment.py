@@ -7,7 +7,6 @@ which is speed perturbation and vocal tract length perturbation (Jaitly and Hint
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import lfilter
 
 from jasper_asr.config import FeatureConfig, SpecAugmentConfig, SpeedPerturbationConfig
 from jasper_asr.features import LOG_GUARD, hz_to_mel, mel_to_hz
@@ -60,6 +59,8 @@ def add_room(log_mels: Float32, decay_seconds: float, ratio_db: float, hop_secon
     Energy that arrives late adds to what is said meanwhile, as power: the exponential tail of Polack's model of a room
     (1988), the same in all bands. Early reflections are within a frame and colour only the spectrum.
     """
+    from scipy.signal import lfilter  # a tenth of a second to import
+
     power = np.exp(np.minimum(log_mels, 60.0))
     keep = 10 ** (-6.0 * hop_seconds / decay_seconds)
     tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=1)
