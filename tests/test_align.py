@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import jasper_asr
@@ -141,7 +141,7 @@ def test_times_stay_inside_the_file():
 
 
 @given(
-    st.integers(17, 60),  # nine times the same letter, with a blank between any two, need 17
+    st.integers(12, 60),
     st.integers(0, 2**32 - 1),
     st.text(st.sampled_from("ab c"), max_size=9),
     st.sampled_from([0.02, 0.04]),
@@ -149,6 +149,7 @@ def test_times_stay_inside_the_file():
 )
 @settings(deadline=None)
 def test_monotone_inside_and_complete(frames, seed, text, stride, with_lm):
+    assume(len(text) + sum(one == two for one, two in pairwise(text)) <= frames)  # a blank between equal letters
     log_probs = random_log_probs(seed, frames, len(LABELS) + 1)
     duration = (frames - 1) * stride
     words = align(log_probs, text, LABELS, seconds_per_frame=stride, duration=duration, with_lm=with_lm)

@@ -144,12 +144,11 @@ def test_a_room_rings_as_long_and_as_loud_as_asked():
     click = np.full((64, 400), silence, np.float32)
     click[:, 10] = 0.0
     power = np.exp(augment.add_room(click, decay_seconds=0.5, ratio_db=6.0, hop_seconds=0.01).astype(np.float64))
-    power -= 2.0**-24  # the guard of the logarithm
     tail = power[:, 11:].clip(0)
     np.testing.assert_allclose(power[:, 10], 1.0, rtol=1e-5)
     np.testing.assert_allclose(tail.sum(axis=1), 10**-0.6, rtol=1e-3)
     np.testing.assert_allclose(tail[:, 20] / tail[:, 0], 10 ** (-60 * 0.2 / 0.5 / 10), rtol=2e-2)
-    assert (power[:, :10] < 1e-9).all()
+    assert (power[:, :10] < 1.3e-12).all()  # nothing rings ahead of its sound
 
 
 def test_spec_augment_masks_whole_bands_and_frames_and_spares_the_rest():

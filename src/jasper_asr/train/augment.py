@@ -64,7 +64,7 @@ def add_room(log_mels: Float32, decay_seconds: float, ratio_db: float, hop_secon
     power = np.exp(np.minimum(log_mels, 60.0))
     keep = 10 ** (-6.0 * hop_seconds / decay_seconds)
     tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=1)
-    late: Float32 = np.log(power + tail * 10 ** (-ratio_db / 10) + LOG_GUARD).astype(np.float32)
+    late: Float32 = np.log(power + tail * 10 ** (-ratio_db / 10)).astype(np.float32)  # log-mels carry the guard
     return late
 
 
