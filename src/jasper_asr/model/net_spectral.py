@@ -27,17 +27,34 @@ def convolve(conv: nn.Conv1d, values: Tensor) -> Tensor:
         return product if conv.bias is None else product + conv.bias[:, None]
     if not suits(conv):
         return conv(values)  # type: ignore[no-any-return]
+    (batch, _, frames), dilation = values.shape, conv.dilation[0]
+    if dilation > 1:
+        values = _phases(values, dilation)
     tile = best_tile(conv.weight.shape, values.shape[0], values.shape[2])
     result: Tensor = SpectralConvolution.apply(values, conv.weight, tile)  # type: ignore[no-untyped-call]
-    return result
+    return _joined(result, batch, frames) if dilation > 1 else result
 
 
 def suits(conv: nn.Conv1d) -> bool:
-    """Whether a convolution keeps the length, is dense and large enough."""
-    taps, plain = conv.kernel_size[0], conv.stride == (1,) and conv.dilation == (1,) and conv.groups == 1
-    keeps_length = taps % 2 == 1 and conv.padding == (taps // 2,) and conv.bias is None
+    """Whether a convolution keeps the length, is dense in its channels, and large enough."""
+    taps, dense = conv.kernel_size[0], conv.stride == (1,) and conv.groups == 1
+    keeps_length = taps % 2 == 1 and conv.padding == (taps // 2 * conv.dilation[0],) and conv.bias is None
     wide = min(conv.in_channels, conv.out_channels) >= SMALLEST_WIDTH
-    return plain and keeps_length and wide and taps >= SMALLEST_KERNEL
+    return dense and keeps_length and wide and taps >= SMALLEST_KERNEL
+
+
+def _phases(values: Tensor, dilation: int) -> Tensor:
+    """[B, C, T] -> [B * d, C, ceil(T / d)]: frames r, r + d, r + 2d and so on of each row, zeros beyond T."""
+    batch, channels, frames = values.shape
+    padded = nn.functional.pad(values, (0, -frames % dilation)).view(batch, channels, -1, dilation)
+    return padded.permute(0, 3, 1, 2).reshape(batch * dilation, channels, -1)
+
+
+def _joined(phases: Tensor, batch: int, frames: int) -> Tensor:
+    """[B * d, C, n] -> [B, C, T], the inverse of `_phases`."""
+    _, channels, _ = phases.shape
+    rows = phases.view(batch, -1, channels, phases.shape[2]).permute(0, 2, 3, 1)
+    return rows.reshape(batch, channels, -1)[:, :, :frames]
 
 
 @functools.cache
