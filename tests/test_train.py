@@ -3,27 +3,40 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
 from jasper_asr import features
+from jasper_asr.cli.training import _lexicon
 from jasper_asr.config import SpecAugmentConfig, SpeedPerturbationConfig, load_config
 from jasper_asr.data.manifest import read_manifest
-from jasper_asr.errors import ManifestError, ModelError, UsageError
+from jasper_asr.errors import ManifestError, ModelError, StorageError, UsageError
 from jasper_asr.train import augment
 from jasper_asr.train.dataset import BatchPlan, build_cache, fits, make_batch
+from jasper_asr.train.phonemes import Lexicon, phoneme_targets, read_lexicon
 
 torch = pytest.importorskip("torch")
 
 from jasper_asr.model.net import Jasper  # noqa: E402
-from jasper_asr.train.loop import Muon, NovoGrad, TrainOptions, learning_rate, orthogonalized, train  # noqa: E402
+from jasper_asr.train.loop import (  # noqa: E402
+    Muon,
+    NovoGrad,
+    PhonemeHead,
+    TrainOptions,
+    _phoneme_loss,
+    learning_rate,
+    orthogonalized,
+    train,
+)
 from jasper_asr.train.run import run_training  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
@@ -255,6 +268,125 @@ def test_fits_counts_repeats(config):
     assert fits(9, [1, 2, 2, 4], config)
 
 
+# --- phonemes --------------------------------------------------------------------------------------------------
+
+
+def test_a_lexicon_in_kaldis_layout(tmp_path):
+    path = tmp_path / "lexicon.txt"
+    path.write_text("The DH AH\nthe\tDH  IY\n\ncat  K AE T\nA AH\n", encoding="utf-8")
+    lexicon = read_lexicon(path)
+    assert lexicon.symbols == ("AE", "AH", "DH", "K", "T")
+    assert lexicon.words == {"the": (2, 1), "cat": (3, 0, 4), "a": (1,)}
+    assert lexicon.n_classes == 6
+
+
+def test_the_recipes_lexicon(tmp_path, monkeypatch):
+    """With an engine of our own in place of hibari's: stress and length go, what nothing is said of is left out."""
+    recipe = runpy.run_path(str(Path(__file__).parents[1] / "recipes" / "mini" / "lexicon.py"))
+    said = {"again": "\u0259\u0261\u02c8\u025bn", "by": "b\u02c8I", "--": "-"}
+    engine = SimpleNamespace(G2P=lambda: said.get)
+    monkeypatch.setitem(sys.modules, "hibari", SimpleNamespace(g2p=engine))
+    monkeypatch.setitem(sys.modules, "hibari.g2p", engine)
+    (tmp_path / "m.jsonl").write_text('{"text": "by Again --"}\n{"text": "by"}\n')
+    monkeypatch.setattr(sys, "argv", ["lexicon.py", str(tmp_path / "m.jsonl"), "--out", str(tmp_path / "lexicon.txt")])
+    recipe["main"]()
+    assert (tmp_path / "lexicon.txt").read_text() == "again \u0259 \u0261 \u025b n\nby b I\n"
+    assert read_lexicon(tmp_path / "lexicon.txt").words.keys() == {"again", "by"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"the DH AH\ncat\n", "line 2: 'cat' has no phonemes"), (b"\n \n", "holds no word")]
+)
+def test_a_wrong_lexicon(content, reason, tmp_path):
+    (tmp_path / "lexicon.txt").write_bytes(content)
+    with pytest.raises(ManifestError, match=reason):
+        read_lexicon(tmp_path / "lexicon.txt")
+
+
+def test_a_lexicon_that_is_no_text(tmp_path):
+    (tmp_path / "lexicon.txt").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "lexicon.txt", tmp_path / "none.txt", tmp_path):
+        with pytest.raises(StorageError, match=f"^{path}: cannot be read as text"):
+            read_lexicon(path)
+
+
+def test_words_that_a_lexicon_lacks_are_named(corpus, config, tmp_path, capsys):
+    path, word = tmp_path / "lexicon.txt", corpus[0].text.split()[0]
+    path.write_text(f"{word} A\n", encoding="utf-8")
+    assert _lexicon(path, [corpus], config).words == {word: (0,)}
+    total = len({word for row in corpus for word in row.text.split()})
+    assert f"lacks {total - 1} of {total} words (" in " ".join(capsys.readouterr().err.split())
+    path.write_text("other A\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match=rf"has none of the {total} words of the transcripts"):
+        _lexicon(path, [corpus], config)
+
+
+def test_only_utterances_that_are_known_whole_and_fit_have_phonemes():
+    lexicon = Lexicon(("p", "q"), {"a": (0,), "bb": (1, 1), "c": (0, 1)})
+    spoken = phoneme_targets(lexicon, ["a bb", "a d", "", "c a", "bb", "c"], [5, 9, 9, 3, 2, 2])
+    assert spoken.rows.tolist() == [0, 3, 5]  # "bb" needs a third frame, between its equal phonemes
+    assert spoken.targets.tolist() == [0, 1, 1, 0, 1, 0, 0, 1]
+    assert spoken.target_lens.tolist() == [3, 3, 2]
+
+
+def tones(corpus, but=()) -> Lexicon:
+    """Each letter a phoneme; words of the corpus except `but`."""
+    words = {word for row in corpus for word in row.text.split()} - set(but)
+    return Lexicon(tuple("abcd"), {word: tuple("abcd".index(letter) for letter in word) for word in words})
+
+
+def test_the_loss_of_phonemes_is_that_of_each_utterance_alone(cache, config, corpus):
+    """The sum over utterances, a phoneme; one with an unknown word counts for nothing."""
+    unknown = corpus[2].text.split()[0]
+    lexicon = tones(corpus, but=[unknown])
+    batch = make_batch(cache, np.arange(6), config, np.random.default_rng(0), noise=0.0)
+    torch.manual_seed(0)
+    frames = [config.output_length(int(length)) for length in batch.lens]
+    log_probs = torch.randn(6, max(frames), 5).log_softmax(2)
+    found = _phoneme_loss(log_probs, torch.tensor(frames), batch, lexicon, config)
+    total = count = 0.0
+    for row, length, utterance in zip(log_probs, frames, corpus, strict=False):
+        if unknown not in utterance.text.split():
+            wanted = torch.tensor(["abcd".index(letter) for letter in utterance.text.replace(" ", "")])
+            loss = torch.nn.functional.ctc_loss(
+                row[:length, None], wanted[None], torch.tensor([length]), torch.tensor([len(wanted)]), 4, "sum"
+            )
+            total, count = total + float(loss), count + len(wanted)
+    assert float(found) == pytest.approx(total / count, rel=1e-5)
+    nothing = _phoneme_loss(log_probs.requires_grad_(), torch.tensor(frames), batch, tones([]), config)
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert not log_probs.grad.any()
+
+
+def test_the_head_reads_a_block_part_of_the_way_up(config):
+    lexicon = Lexicon(("p", "q"), {"a": (0, 1)})
+    assert PhonemeHead(config, lexicon).block == 0
+    mini = replace(config, blocks=config.blocks[:1] * 8)
+    assert PhonemeHead(mini, lexicon).block == 4
+
+
+def test_phonemes_are_learnt_resumed_exactly_and_leave_no_trace_in_the_network(cache, config, corpus, tmp_path):
+    lexicon, options = tones(corpus), replace(OPTIONS, steps=100, noise=0.0, lr=3e-3)
+    whole = train(config, cache, tmp_path / "whole", options, lexicon=lexicon)
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["phoneme_loss"] < rows[0]["phoneme_loss"] / 1.3
+
+    def interrupt(_checkpoint):
+        raise KeyboardInterrupt
+
+    every_step = replace(options, save_minutes=0.0, validate_steps=60)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, cache, tmp_path / "killed", every_step, lexicon=lexicon, validate=interrupt)
+    for other in (None, Lexicon(tuple("abce"), lexicon.words)):
+        with pytest.raises(ModelError, match="other phonemes"):
+            train(config, cache, tmp_path / "killed", options, lexicon=other)
+    resumed = train(config, cache, tmp_path / "killed", options, lexicon=lexicon)
+    assert equal_states(resumed.model.state_dict(), whole.model.state_dict())
+    assert equal_states(resumed.phonemes.state_dict(), whole.phonemes.state_dict())
+    assert whole.model.state_dict().keys() == Jasper(config).state_dict().keys()
+
+
 # --- optimisation ---------------------------------------------------------------------------------------------
 
 
@@ -411,7 +543,9 @@ def test_two_processes_train_one_model(tmp_path, config):
 
     manifest = write_corpus(tmp_path / "data", 24)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.raw))))
+    (tmp_path / "lexicon.txt").write_text("".join(f"{a}{b} {a} {b}\n" for a in TONES for b in TONES))
     arguments = ["--config", tmp_path / "config.yaml", "--train", manifest, "--out", tmp_path / "out"]
+    arguments += ["--lexicon", tmp_path / "lexicon.txt"]
     arguments += ["--steps", "4", "--batch-seconds", "4", "--threads", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "jasper_asr.cli", "train"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

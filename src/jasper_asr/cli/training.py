@@ -1,12 +1,20 @@
 """`jasper train`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jasper_asr.cli.common import Variadic, named_config, note, progress, read_manifests
+from jasper_asr.config import ModelConfig
+from jasper_asr.data.manifest import Utterance
+from jasper_asr.errors import ManifestError
+from jasper_asr.text import normalize_transcript
+
+if TYPE_CHECKING:
+    from jasper_asr.train.phonemes import Lexicon
 
 
 @click.command(cls=Variadic)
@@ -22,6 +30,11 @@ from jasper_asr.cli.common import Variadic, named_config, note, progress, read_m
 @click.option("--dev", "dev_manifests", multiple=True, type=click.Path(path_type=Path), help="One or more manifests.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; a run in it is resumed.")
 @click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint: fine-tuning.")
+@click.option(
+    "--lexicon",
+    type=click.Path(path_type=Path),
+    help="Words and their phonemes, in Kaldi's layout: the encoder learns these too.",
+)
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for computed features (default: --out).")
 @click.option("--audio-root", type=click.Path(path_type=Path))
 @click.option("--allow-outside-root", is_flag=True)
@@ -47,6 +60,7 @@ def train(
     dev_manifests: tuple[Path, ...],
     out: Path,
     init: Path | None,
+    lexicon: Path | None,
     cache: Path | None,
     audio_root: Path | None,
     allow_outside_root: bool,
@@ -60,6 +74,8 @@ def train(
     speed = 1.0 if only_original else None  # None: the speeds that an NVIDIA manifest lists are utterances too
     manifests = [read_manifests((path,), audio_root, allow_outside_root, speed) for path in train_manifests]
     dev = read_manifests(dev_manifests, audio_root, allow_outside_root)
+
+    spoken = _lexicon(lexicon, manifests, model_config) if lexicon else None
 
     import torch  # seconds, which a wrong path above should not cost
 
@@ -77,6 +93,7 @@ def train(
             out,
             settings,
             init=init,
+            lexicon=spoken,
             cache_dir=cache,
             report=lambda row: click.echo(json.dumps(row), err=True),
             progress=lambda _done, _total: advance(1),
@@ -90,3 +107,21 @@ def train(
         f"{state.step} steps, {state.audio_seconds / 3600:.1f} h of audio"
         + (f", dev WER {state.best_wer:.2f} %" if dev else "")
     )
+
+
+def _lexicon(path: Path, manifests: Sequence[Sequence[Utterance]], config: ModelConfig) -> "Lexicon":
+    """The lexicon, with a note of the words of the transcripts that it lacks. Raises ManifestError if it lacks all."""
+    from jasper_asr.train.phonemes import read_lexicon
+
+    lexicon = read_lexicon(path)
+    texts = [normalize_transcript(row.text, config.labels) for rows in manifests for row in rows if row.text]
+    words = {word for text in texts for word in text.split()}
+    missing = sorted(words - lexicon.words.keys())
+    if len(missing) == len(words):
+        raise ManifestError(f"{path}: has none of the {len(words)} words of the transcripts; is it of this language?")
+    if missing:
+        note(
+            f"{path}: lacks {len(missing)} of {len(words)} words ({', '.join(missing[:3])}); "
+            "utterances with these learn letters only"
+        )
+    return lexicon

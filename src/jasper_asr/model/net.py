@@ -33,11 +33,21 @@ class Jasper(nn.Module):
                 initialise(module.weight)
 
     def forward(self, features: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        panes = [features]
+        values, lens = self.encode(features, lens)[-1]
+        return self.decode(values), lens
+
+    def encode(self, features: Tensor, lens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each block gives: values [B, C, T'] and lens [B]."""
+        panes, outputs = [features], []
         for block in self.encoder.layers:  # type: ignore[union-attr]
             panes, lens = block(panes, lens)
-        logits = self.decoder.layers[0](panes[-1])  # type: ignore[index, operator]
-        return F.log_softmax(logits.transpose(1, 2).float(), dim=2), lens
+            outputs.append((panes[-1], lens))
+        return outputs
+
+    def decode(self, values: Tensor) -> Tensor:
+        """The last block's values [B, C, T'] -> log_probs [B, T', n_classes]."""
+        logits = self.decoder.layers[0](values)  # type: ignore[index, operator]
+        return F.log_softmax(logits.transpose(1, 2).float(), dim=2)
 
 
 class Block(nn.Module):

@@ -153,9 +153,13 @@ def make_batch(
 
 
 def fits(frames: int, targets: Sequence[int], config: ModelConfig) -> bool:
-    """Whether CTC can align: an output frame a label and one more between equal neighbours."""
-    repeats = sum(a == b for a, b in pairwise(targets))
-    return config.output_length(frames) >= len(targets) + repeats
+    """Whether CTC can align `targets` with `frames` feature frames."""
+    return alignable(config.output_length(frames), targets)
+
+
+def alignable(output_frames: int, targets: Sequence[int]) -> bool:
+    """Whether there is an output frame for each target and one more between equal neighbours, as CTC needs them."""
+    return output_frames >= len(targets) + sum(a == b for a, b in pairwise(targets))
 
 
 def _augmented(

@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from jasper_asr import text
 from jasper_asr.config import ModelConfig
 from jasper_asr.errors import ModelError, UsageError
 from jasper_asr.model.net import Jasper
+from jasper_asr.model.net_spectral import convolve
 from jasper_asr.train.dataset import Batch, BatchPlan, FeatureCache, make_batch
+from jasper_asr.train.phonemes import WEIGHT, Lexicon, phoneme_targets
 
 Report = Callable[[dict[str, float]], None]
 Validate = Callable[[Path], float]
@@ -64,6 +68,7 @@ class TrainState:
 
     model: Jasper
     ema: Jasper
+    phonemes: "PhonemeHead | None"
     optimizer: torch.optim.Optimizer
     step: int = 0
     best_wer: float = math.inf
@@ -77,10 +82,13 @@ def train(
     options: TrainOptions,
     *,
     init: dict[str, Tensor] | None = None,
+    lexicon: Lexicon | None = None,
     validate: Validate | None = None,
     report: Report | None = None,
 ) -> TrainState:
     """Train until `options.steps`, from `out/last.pt` if it exists, else from `init` or from scratch.
+
+    With a `lexicon` the encoder learns its phonemes too, see `train.phonemes`.
 
     Writes `last.pt` every `save_minutes` and at the end, `best.pt` whenever `validate(checkpoint path)` returns a new
     lowest WER (percent), and one line a report to `log.jsonl`. Raises ModelError when the loss is not finite.
@@ -88,19 +96,19 @@ def train(
     rank, world = join_processes()
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(options.seed)
-    state = _initial_state(config, options, device, init)
+    state = _initial_state(config, options, device, init, lexicon)
     last = out / "last.pt"
     if last.exists():
         load_state(last, state, device)
-    network: nn.Module = state.model
+    network: nn.Module = _Heads(state.model, state.phonemes)
     if world > 1:
-        network = nn.parallel.DistributedDataParallel(state.model)
+        network = nn.parallel.DistributedDataParallel(network)
     out.mkdir(parents=True, exist_ok=True)
     meter, saved_at = _Meter(), time.monotonic()
     with ThreadPoolExecutor(options.workers) as pool:
         for batch in _batches(cache, config, options, state.step, rank, world, pool):
-            loss = _step(network, state, batch, options, device, rank)
-            meter.add(loss, batch.seconds)
+            losses = _step(network, state, batch, options, device, rank)
+            meter.add(losses, batch.seconds)
             done = state.step == options.steps
             if rank == 0 and (meter.count == 50 or done):
                 row = meter.row(state, options)
@@ -134,26 +142,32 @@ def learning_rate(step: int, options: TrainOptions) -> float:
 
 def save_state(path: Path, config: ModelConfig, state: TrainState) -> None:
     """A checkpoint in NVIDIA's layout, with our config and counters beside; written whole or not at all."""
+    saved: dict[str, Any] = {
+        "step": state.step,
+        "best_wer": state.best_wer,
+        "audio_seconds": state.audio_seconds,
+        "config": json.dumps(config.raw),
+        "state_dict": state.model.state_dict(),
+        "ema_state_dict": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+    }
+    if state.phonemes is not None:
+        saved["phonemes"] = list(state.phonemes.lexicon.symbols)
+        saved["phoneme_head"] = state.phonemes.state_dict()
     temporary = path.with_name(path.name + ".part")
-    torch.save(
-        {
-            "step": state.step,
-            "best_wer": state.best_wer,
-            "audio_seconds": state.audio_seconds,
-            "config": json.dumps(config.raw),
-            "state_dict": state.model.state_dict(),
-            "ema_state_dict": state.ema.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-        },
-        temporary,
-    )
+    torch.save(saved, temporary)
     os.replace(temporary, path)
 
 
 def load_state(path: Path, state: TrainState, device: torch.device) -> None:
     """Restore what `save_state` wrote. Raises ModelError when it belongs to another network."""
     saved = torch.load(path, map_location=device, weights_only=True)
+    phonemes = list(state.phonemes.lexicon.symbols) if state.phonemes else None
+    if saved.get("phonemes") != phonemes:
+        raise ModelError(f"{path}: cannot resume from it (it was trained with other phonemes); give its own --lexicon")
     try:
+        if state.phonemes is not None:
+            state.phonemes.load_state_dict(saved["phoneme_head"])
         state.model.load_state_dict(saved["state_dict"])
         state.ema.load_state_dict(saved["ema_state_dict"])
         state.optimizer.load_state_dict(saved["optimizer"])
@@ -162,6 +176,22 @@ def load_state(path: Path, state: TrainState, device: torch.device) -> None:
         raise ModelError(f"{path}: cannot resume from it ({cause}); choose another --out") from error
     state.step, state.best_wer = saved["step"], saved["best_wer"]
     state.audio_seconds = saved["audio_seconds"]
+
+
+class PhonemeHead(nn.Module):
+    """What a block part of the way up the encoder says of a lexicon's phonemes: [B, C, T'] -> log_probs [B, T', P]."""
+
+    def __init__(self, config: ModelConfig, lexicon: Lexicon) -> None:
+        super().__init__()
+        self.lexicon = lexicon
+        self.block = max(
+            0, len(config.blocks) * 5 // 8 - 1
+        )  # the rest spells; half-way or later serves, says the paper
+        self.layer = nn.Conv1d(config.blocks[self.block].filters, lexicon.n_classes, 1)
+        nn.init.xavier_uniform_(self.layer.weight)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return F.log_softmax(convolve(self.layer, values).transpose(1, 2).float(), dim=2)
 
 
 class NovoGrad(torch.optim.Optimizer):
@@ -261,15 +291,18 @@ class _Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.count, self.loss, self.seconds, self.started = 0, 0.0, 0.0, time.monotonic()
+        self.count, self.seconds, self.started = 0, 0.0, time.monotonic()
+        self.losses: dict[str, float] = {}
 
-    def add(self, loss: float, seconds: float) -> None:
-        self.count, self.loss, self.seconds = self.count + 1, self.loss + loss, self.seconds + seconds
+    def add(self, losses: dict[str, float], seconds: float) -> None:
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        for name, loss in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + loss
 
     def row(self, state: TrainState, options: TrainOptions) -> dict[str, float]:
         row = {
             "step": state.step,
-            "loss": round(self.loss / self.count, 4),
+            **{name: round(total / self.count, 4) for name, total in self.losses.items()},
             "lr": float(f"{learning_rate(state.step, options):.3e}"),
             "audio_hours": round(state.audio_seconds / 3600, 3),
             "times_real_time": round(self.seconds / (time.monotonic() - self.started), 1),
@@ -278,34 +311,67 @@ class _Meter:
         return row
 
 
+class _Heads(nn.Module):
+    """The network with the phoneme head: one module, so that several processes share the gradients of both."""
+
+    def __init__(self, model: Jasper, phonemes: PhonemeHead | None) -> None:
+        super().__init__()
+        self.model, self.phonemes = model, phonemes
+
+    def forward(self, features: Tensor, lens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(log_probs, lens) of the letters, then of the phonemes if they are asked for."""
+        outputs = self.model.encode(features, lens)
+        found = [(self.model.decode(outputs[-1][0]), outputs[-1][1])]
+        if self.phonemes is not None:
+            values, lens = outputs[self.phonemes.block]
+            found.append((self.phonemes(values), lens))
+        return found
+
+
 def _step(
     network: nn.Module, state: TrainState, batch: Batch, options: TrainOptions, device: torch.device, rank: int
-) -> float:
+) -> dict[str, float]:
     torch.manual_seed((options.seed * 1_000_003 + state.step) * 1009 + rank)  # dropout
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, options)
     network.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-        log_probs, lens = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
-    losses = F.ctc_loss(
-        log_probs.transpose(0, 1),
-        torch.from_numpy(batch.targets).to(device),
-        lens,
-        torch.from_numpy(batch.target_lens).to(device),
-        blank=state.model.config.blank_id,
-        reduction="sum",
-    )
-    loss = losses / int(batch.target_lens.sum())  # per label, so that long and short batches weigh alike
+        letters, *spoken = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
+    config = state.model.config
+    losses = {"loss": _ctc(*letters, batch.targets, batch.target_lens, config.blank_id)}
+    if state.phonemes is not None:
+        losses["phoneme_loss"] = _phoneme_loss(*spoken[0], batch, state.phonemes.lexicon, config)
     state.optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), options.clip)
+    (losses["loss"] + WEIGHT * losses.get("phoneme_loss", 0.0)).backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(network.parameters(), options.clip)
     if not torch.isfinite(norm):
         raise ModelError(f"step {state.step}: the loss or its gradient is not finite; lower --lr or raise --warmup")
     state.optimizer.step()
     state.step += 1
     state.audio_seconds += batch.seconds
     _update_ema(state, options.ema)
-    return float(loss.detach())
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def _ctc(
+    log_probs: Tensor, lens: Tensor, targets: NDArray[np.int64], target_lens: NDArray[np.int64], blank: int
+) -> Tensor:
+    """CTC loss in nats a label, so that long and short batches weigh alike."""
+    device = log_probs.device
+    wanted = torch.from_numpy(targets).to(device), lens, torch.from_numpy(target_lens).to(device)
+    losses = F.ctc_loss(log_probs.transpose(0, 1), *wanted, blank=blank, reduction="sum")
+    return losses / int(target_lens.sum())
+
+
+def _phoneme_loss(log_probs: Tensor, lens: Tensor, batch: Batch, lexicon: Lexicon, config: ModelConfig) -> Tensor:
+    """CTC loss in nats a phoneme, of the utterances that `phoneme_targets` keeps."""
+    ends = np.cumsum(batch.target_lens)[:-1]
+    texts = [text.decode_ids(row, config.labels) for row in np.split(batch.targets, ends)]
+    spoken = phoneme_targets(lexicon, texts, lens.tolist())
+    if not len(spoken.rows):
+        return log_probs.sum() * 0.0  # still a gradient, for other processes wait for one
+    rows = torch.from_numpy(spoken.rows).to(log_probs.device)
+    return _ctc(log_probs[rows], lens[rows], spoken.targets, spoken.target_lens, lexicon.n_classes - 1)
 
 
 @torch.no_grad()
@@ -354,20 +420,26 @@ def _schedule(plan: BatchPlan, first: int, steps: int, rank: int, world: int) ->
 
 
 def _initial_state(
-    config: ModelConfig, options: TrainOptions, device: torch.device, init: dict[str, Tensor] | None
+    config: ModelConfig,
+    options: TrainOptions,
+    device: torch.device,
+    init: dict[str, Tensor] | None,
+    lexicon: Lexicon | None,
 ) -> TrainState:
     model, ema = Jasper(config).to(device), Jasper(config).to(device)
+    phonemes = PhonemeHead(config, lexicon).to(device) if lexicon else None
     if init is not None:
         model.load_state_dict(init)
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
-    return TrainState(model, ema, _optimizer(model, options))
+    return TrainState(model, ema, phonemes, _optimizer(model, phonemes, options))
 
 
-def _optimizer(model: Jasper, options: TrainOptions) -> torch.optim.Optimizer:
+def _optimizer(model: Jasper, phonemes: PhonemeHead | None, options: TrainOptions) -> torch.optim.Optimizer:
+    heads: list[nn.Module] = [model.decoder, *([phonemes] if phonemes else [])]
     hidden = [p for p in model.encoder.parameters() if p.ndim > 1]
-    decoder = [p for p in model.decoder.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    decoder = [p for head in heads for p in head.parameters() if p.ndim > 1]
+    vectors = [p for part in (model.encoder, *heads) for p in part.parameters() if p.ndim <= 1]
     if options.optimizer == "muon":
         kinds = ((hidden, options.weight_decay, True), (decoder, options.weight_decay, False), (vectors, 0.0, False))
         return Muon([{"params": p, "weight_decay": decay, "orthogonal": o} for p, decay, o in kinds], lr=options.lr)

@@ -10,6 +10,7 @@ from jasper_asr.config import ModelConfig
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.train.dataset import Progress, SkippedUtterance, build_cache
 from jasper_asr.train.loop import Report, TrainOptions, TrainState, Validate, join_processes, train
+from jasper_asr.train.phonemes import Lexicon
 
 
 def run_training(
@@ -20,6 +21,7 @@ def run_training(
     options: TrainOptions,
     *,
     init: Path | None = None,
+    lexicon: Lexicon | None = None,
     cache_dir: Path | None = None,
     report: Report | None = None,
     progress: Progress | None = None,
@@ -37,7 +39,7 @@ def run_training(
         torch.distributed.barrier()
     weights = _initial_weights(init, config) if init else None
     validate = _validator(dev) if dev else None
-    return train(config, cache, out, options, init=weights, validate=validate, report=report), skipped
+    return train(config, cache, out, options, init=weights, lexicon=lexicon, validate=validate, report=report), skipped
 
 
 def _initial_weights(path: Path, config: ModelConfig) -> dict[str, Any]:
