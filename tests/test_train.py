@@ -20,6 +20,8 @@ from jasper_asr.cli.training import _lexicon
 from jasper_asr.config import SpecAugmentConfig, SpeedPerturbationConfig, load_config
 from jasper_asr.data.manifest import read_manifest
 from jasper_asr.errors import ManifestError, ModelError, StorageError, UsageError
+from jasper_asr.model.checkpoint import load_checkpoint
+from jasper_asr.model.export import BUILTIN_MODELS
 from jasper_asr.train import augment
 from jasper_asr.train.dataset import BatchPlan, build_cache, fits, make_batch
 from jasper_asr.train.phonemes import Lexicon, phoneme_targets, read_lexicon
@@ -37,7 +39,7 @@ from jasper_asr.train.loop import (  # noqa: E402
     orthogonalized,
     train,
 )
-from jasper_asr.train.run import run_training  # noqa: E402
+from jasper_asr.train.run import _initial_weights, run_training  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 TONES = {"a": 400.0, "b": 900.0, "c": 1800.0, "d": 3200.0}
@@ -513,6 +515,14 @@ def test_fine_tuning_starts_from_the_given_weights(cache, config, tmp_path, corp
     tuned, _ = run_training(config, [corpus], [], tmp_path / "b", frozen, init=tmp_path / "a" / "last.pt")
     for name, value in first.ema.named_parameters():
         torch.testing.assert_close(tuned.model.get_parameter(name), value, atol=1e-6, rtol=0)
+
+
+def test_fine_tuning_starts_from_the_built_in_model():
+    source = BUILTIN_MODELS["mini"]
+    found = _initial_weights(Path("mini"), load_config(source.with_name("config.yaml")))
+    wanted = load_checkpoint(source).weights
+    assert wanted.keys() <= found.keys()
+    assert all(np.array_equal(found[name].numpy(), values) for name, values in wanted.items())
 
 
 def test_another_network_cannot_be_resumed(cache, config, tmp_path):

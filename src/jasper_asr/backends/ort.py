@@ -56,6 +56,8 @@ def _open(model: Path | bytes, name: str, threads: int | None, provider: Provide
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its complaints arrive as exceptions, once
+    # threads that wait in a loop take the cores from those that read, decode and search meanwhile
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     if isinstance(model, Path):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dev", "dev_manifests", multiple=True, type=click.Path(path_type=Path), help="One or more manifests.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; a run in it is resumed.")
-@click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint: fine-tuning.")
+@click.option("--init", type=click.Path(path_type=Path), help="Start from this checkpoint, or mini: fine-tuning.")
 @click.option(
     "--lexicon",
     type=click.Path(path_type=Path),

@@ -336,13 +336,15 @@ def _step(
         group["lr"] = learning_rate(state.step, options)
     network.train()
     with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
-        letters, *spoken = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
-    config = state.model.config
-    losses = {"loss": _ctc(*letters, batch.targets, batch.target_lens, config.blank_id)}
+        heads = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
+    config, (log_probs, lens) = state.model.config, heads[0]
+    losses = {"loss": _ctc(log_probs, lens, batch.targets, batch.target_lens, config.blank_id)}
     if state.phonemes is not None:
-        losses["phoneme_loss"] = _phoneme_loss(*spoken[0], batch, state.phonemes.lexicon, config)
+        log_probs, lens = heads[1]
+        losses["phoneme_loss"] = _phoneme_loss(log_probs, lens, batch, state.phonemes.lexicon, config)
+    total = losses["loss"] + WEIGHT * losses.get("phoneme_loss", 0.0)
     state.optimizer.zero_grad()
-    (losses["loss"] + WEIGHT * losses.get("phoneme_loss", 0.0)).backward()  # type: ignore[no-untyped-call]
+    total.backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_(network.parameters(), options.clip)
     if not torch.isfinite(norm):
         raise ModelError(f"step {state.step}: the loss or its gradient is not finite; lower --lr or raise --warmup")

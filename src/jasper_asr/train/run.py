@@ -29,7 +29,7 @@ def run_training(
     """Train on the utterances of `manifests`, validate on `dev`, write into `out`; see `train.loop.train`.
 
     Without `dev` there is no best.pt.
-    `init` is any checkpoint that `load_checkpoint` reads; its weights must fit `config`.
+    `init` is any checkpoint that `load_checkpoint` reads, or `mini`; its weights must fit `config`.
     """
     rank, world = join_processes()
     if rank:
@@ -44,8 +44,9 @@ def run_training(
 
 def _initial_weights(path: Path, config: ModelConfig) -> dict[str, Any]:
     from jasper_asr.model.checkpoint import load_checkpoint
+    from jasper_asr.model.export import resolve_model
 
-    checkpoint = load_checkpoint(path, config=config)
+    checkpoint = load_checkpoint(resolve_model(path), config=config)
     tensors = {name: torch.from_numpy(values.copy()) for name, values in checkpoint.weights.items()}
     norms = [name.removesuffix("running_mean") for name in tensors if name.endswith("running_mean")]
     return tensors | {f"{name}num_batches_tracked": torch.tensor(0) for name in norms}
