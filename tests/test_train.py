@@ -321,6 +321,10 @@ def test_words_that_a_lexicon_lacks_are_named(corpus, config, tmp_path, capsys):
     path.write_text("other A\n", encoding="utf-8")
     with pytest.raises(ManifestError, match=rf"has none of the {total} words of the transcripts"):
         _lexicon(path, [corpus], config)
+    assert _lexicon(path, [[replace(corpus[0], text=None)]], config).words == {"other": (0,)}
+    plain = replace(config, train_dataset=replace(config.train_dataset, normalize_transcripts=False))
+    _lexicon(path, [[replace(corpus[0], text="Other other")]], plain)
+    assert "lacks 1 of 2 words (Other)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_only_utterances_that_are_known_whole_and_fit_have_phonemes():

@@ -11,7 +11,6 @@ from jasper_asr.cli.common import Variadic, named_config, note, progress, read_m
 from jasper_asr.config import ModelConfig
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.errors import ManifestError
-from jasper_asr.text import normalize_transcript
 
 if TYPE_CHECKING:
     from jasper_asr.train.phonemes import Lexicon
@@ -111,13 +110,14 @@ def train(
 
 def _lexicon(path: Path, manifests: Sequence[Sequence[Utterance]], config: ModelConfig) -> "Lexicon":
     """The lexicon, with a note of the words of the transcripts that it lacks. Raises ManifestError if it lacks all."""
+    from jasper_asr.train.dataset import spelt
     from jasper_asr.train.phonemes import read_lexicon
 
     lexicon = read_lexicon(path)
-    texts = [normalize_transcript(row.text, config.labels) for rows in manifests for row in rows if row.text]
+    texts = [spelt(row.text, config) for rows in manifests for row in rows if row.text]
     words = {word for text in texts for word in text.split()}
     missing = sorted(words - lexicon.words.keys())
-    if len(missing) == len(words):
+    if words and len(missing) == len(words):  # no words at all: the training says so
         raise ManifestError(f"{path}: has none of the {len(words)} words of the transcripts; is it of this language?")
     if missing:
         note(

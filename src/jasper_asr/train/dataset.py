@@ -152,6 +152,12 @@ def make_batch(
     )
 
 
+def spelt(transcript: str, config: ModelConfig) -> str:
+    """A transcript as it is trained on: normalised, if the config wants that."""
+    dataset = config.train_dataset or config.dataset
+    return text.normalize_transcript(transcript, config.labels) if dataset.normalize_transcripts else transcript
+
+
 def fits(frames: int, targets: Sequence[int], config: ModelConfig) -> bool:
     """Whether CTC can align `targets` with `frames` feature frames."""
     return alignable(config.output_length(frames), targets)
@@ -257,9 +263,8 @@ def _prepare(row: Utterance, config: ModelConfig) -> tuple[NDArray[np.float32], 
     seconds = len(samples) / config.features.sample_rate
     if not dataset.min_duration <= seconds <= dataset.max_duration:
         return f"its {seconds:.2f} s are outside {dataset.min_duration} to {dataset.max_duration} s"
-    transcript = text.normalize_transcript(row.text, config.labels) if dataset.normalize_transcripts else row.text
     try:
-        labels = text.encode(transcript, config.labels)
+        labels = text.encode(spelt(row.text, config), config.labels)
     except ValueError as error:
         return str(error)
     log_mels = features.log_mel(samples, config.features)
