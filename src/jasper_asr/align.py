@@ -120,7 +120,7 @@ def spans(log_probs: Floats, text: str, labels: Sequence[str]) -> Indices:
     if text == greedy(log_probs, len(log_probs), labels):
         return _greedy_spans(log_probs, labels)
     chain = _Chain.of(text, labels)
-    needed = len(text) + sum(one == two for one, two in pairwise(text))
+    needed = frames_needed(text)
     if needed > len(log_probs):
         raise UsageError(f"a text of {len(text)} characters: needs {needed} frames, the model gave {len(log_probs)}")
     scores = np.full(len(chain.classes), -np.inf)
@@ -128,6 +128,11 @@ def spans(log_probs: Floats, text: str, labels: Sequence[str]) -> Indices:
     path = _best_path(_emissions(log_probs, labels), chain, scores, len(scores) - 1)
     states = np.array([2 * index + 3 for index, character in enumerate(text) if character != " "], np.intp)
     return np.stack([np.searchsorted(path, states), np.searchsorted(path, states, side="right") - 1], axis=1)
+
+
+def frames_needed(targets: Sequence[object]) -> int:
+    """The fewest output frames that CTC aligns `targets` with: one each, and a blank between equal neighbours."""
+    return len(targets) + sum(one == two for one, two in pairwise(targets))
 
 
 def _greedy_spans(log_probs: Floats, labels: Sequence[str]) -> Indices:

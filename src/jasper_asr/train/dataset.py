@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jasper_asr import audio, features, text
+from jasper_asr.align import frames_needed
 from jasper_asr.config import ModelConfig, SpecAugmentConfig, SpeedPerturbationConfig
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.errors import JasperError, ManifestError
@@ -160,12 +160,7 @@ def spelt(transcript: str, config: ModelConfig) -> str:
 
 def fits(frames: int, targets: Sequence[int], config: ModelConfig) -> bool:
     """Whether CTC can align `targets` with `frames` feature frames."""
-    return alignable(config.output_length(frames), targets)
-
-
-def alignable(output_frames: int, targets: Sequence[int]) -> bool:
-    """Whether there is an output frame for each target and one more between equal neighbours, as CTC needs them."""
-    return output_frames >= len(targets) + sum(a == b for a, b in pairwise(targets))
+    return config.output_length(frames) >= frames_needed(targets)
 
 
 def _augmented(

@@ -184,9 +184,7 @@ class PhonemeHead(nn.Module):
     def __init__(self, config: ModelConfig, lexicon: Lexicon) -> None:
         super().__init__()
         self.lexicon = lexicon
-        self.block = max(
-            0, len(config.blocks) * 5 // 8 - 1
-        )  # the rest spells; half-way or later serves, says the paper
+        self.block = max(0, len(config.blocks) * 5 // 8 - 1)  # the blocks after it are left to spell
         self.layer = nn.Conv1d(config.blocks[self.block].filters, lexicon.n_classes, 1)
         nn.init.xavier_uniform_(self.layer.weight)
 

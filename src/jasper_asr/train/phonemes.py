@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from jasper_asr.align import frames_needed
 from jasper_asr.errors import ManifestError, StorageError
-from jasper_asr.train.dataset import alignable
 
 WEIGHT = 0.4
 """Of the phonemes' loss, in nats a phoneme, beside that of the letters, in nats a letter."""
@@ -75,7 +75,7 @@ def phoneme_targets(lexicon: Lexicon, texts: Sequence[str], frames: Sequence[int
     for index, text in enumerate(texts):
         spoken = [lexicon.words.get(word) for word in text.split()]
         phonemes = tuple(phoneme for word in spoken if word is not None for phoneme in word)
-        if phonemes and None not in spoken and alignable(frames[index], phonemes):
+        if phonemes and None not in spoken and frames[index] >= frames_needed(phonemes):
             rows.append(index)
             targets.append(phonemes)
     lens = [len(phonemes) for phonemes in targets]
