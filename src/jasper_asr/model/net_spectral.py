@@ -19,8 +19,10 @@ SMALLEST_KERNEL, SMALLEST_WIDTH = 7, 64
 
 
 def convolve(conv: nn.Conv1d, values: Tensor) -> Tensor:
-    """What `conv(values)` computes, the faster way on a CPU in float32: [B, C, T] -> [B, O, T']."""
-    if values.device.type != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype != torch.float32:
+    """What `conv(values)` computes, the faster way on a CPU: [B, C, T] -> [B, O, T'], in autocast's type if it is on."""
+    if torch.is_autocast_enabled("cpu"):
+        values = values.to(torch.get_autocast_dtype("cpu"))
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.bfloat16):
         return conv(values)  # type: ignore[no-any-return]
     if conv.kernel_size == (1,) and conv.stride == (1,) and conv.groups == 1:
         product = conv.weight[:, :, 0] @ values  # torch's own convolution takes a slow path for one tap
@@ -78,12 +80,12 @@ class SpectralConvolution(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, weight: Tensor, tile: int) -> Tensor:
         """Keeps the spectra of both for the backward pass."""
         (batch, channels, frames), (outputs, _, taps) = values.shape, weight.shape
-        to_spectrum, from_spectrum, of_kernel = _matrices(tile, taps)
+        to_spectrum, from_spectrum, of_kernel = _matrices(tile, taps, values.dtype)
         tiles, halo = -(-frames // tile), taps // 2
         padded = nn.functional.pad(values, (halo, tiles * tile - frames + halo))
         windows = padded.unfold(2, tile + taps - 1, tile).permute(1, 0, 2, 3).reshape(-1, tile + taps - 1)
         spectra = (to_spectrum @ windows.T).view(-1, channels, batch * tiles)
-        kernels = (of_kernel @ weight.reshape(-1, taps).T).view(-1, outputs, channels)
+        kernels = (of_kernel @ weight.reshape(-1, taps).T.to(values.dtype)).view(-1, outputs, channels)
         products = torch.bmm(kernels, spectra).view(len(spectra), -1)
         ctx.save_for_backward(spectra, kernels)
         ctx.sizes = batch, frames, tile, taps
@@ -96,13 +98,13 @@ class SpectralConvolution(torch.autograd.Function):
         """The transposed chain; tiles of the input's gradient overlap by K - 1 frames and are added there."""
         spectra, kernels = ctx.saved_tensors
         batch, frames, tile, taps = ctx.sizes
-        to_spectrum, from_spectrum, of_kernel = _matrices(tile, taps)
+        to_spectrum, from_spectrum, of_kernel = _matrices(tile, taps, gradient.dtype)
         outputs, channels, tiles = kernels.shape[1], kernels.shape[2], -(-frames // tile)
         padded = nn.functional.pad(gradient, (0, tiles * tile - frames)).view(batch, outputs, tiles, tile)
         windows = padded.permute(1, 0, 2, 3).reshape(-1, tile)
         products = (from_spectrum.T @ windows.T).view(-1, outputs, batch * tiles)
         of_weight = torch.bmm(products, spectra.transpose(1, 2)).view(len(spectra), -1)
-        weight_gradient = (of_weight.T @ of_kernel).view(outputs, channels, taps)
+        weight_gradient = (of_weight.T @ of_kernel).view(outputs, channels, taps).float()
         if not ctx.needs_input_grad[0]:
             return None, weight_gradient, None
         of_values = torch.bmm(kernels.transpose(1, 2), products).view(len(spectra), -1)
@@ -122,6 +124,6 @@ def _overlap_add(parts: Tensor, tile: int) -> Tensor:
 
 
 @functools.cache
-def _matrices(tile: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    forward, inverse, of_kernel = (torch.from_numpy(matrix) for matrix in transforms(tile, taps))
+def _matrices(tile: int, taps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    forward, inverse, of_kernel = (torch.from_numpy(matrix).to(dtype) for matrix in transforms(tile, taps))
     return forward, inverse, of_kernel
