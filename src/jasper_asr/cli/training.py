@@ -47,6 +47,12 @@ if TYPE_CHECKING:
 @click.option("--ema", default=0.999, show_default=True)
 @click.option("--noise", default=0.0, show_default=True, help="Share of utterances that get noise added.")
 @click.option("--rooms", default=0.0, show_default=True, help="Share of utterances that get a room added.")
+@click.option(
+    "--average-steps",
+    default=0,
+    show_default=True,
+    help="Under torchrun, train apart and average the weights every so many steps; 0: average gradients in each.",
+)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--bf16", is_flag=True, help="Autocast to bfloat16.")
 @click.option("--workers", default=2, show_default=True, help="Threads that prepare batches.")

@@ -19,7 +19,7 @@ SMALLEST_KERNEL, SMALLEST_WIDTH = 7, 64
 
 
 def convolve(conv: nn.Conv1d, values: Tensor) -> Tensor:
-    """What `conv(values)` computes, the faster way on a CPU: [B, C, T] -> [B, O, T'], in autocast's type if it is on."""
+    """What `conv(values)` computes, the faster way on a CPU: [B, C, T] -> [B, O, T'], in bfloat16 under autocast."""
     if torch.is_autocast_enabled("cpu"):
         values = values.to(torch.get_autocast_dtype("cpu"))
     if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The training loop: CTC, AdamW, NovoGrad or Muon, EMA, bf16 autocast, DDP under torchrun, and a resume that is exact.
+"""The training loop: CTC, AdamW, NovoGrad or Muon, EMA, bf16 autocast, several processes under torchrun, exact resume.
 
 Nothing random lives outside a batch: the order of an epoch depends on (seed, epoch), augmentation and dropout of a
 step on (seed, step). So a run that was killed and resumed takes the very same steps as one that was not.
@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class TrainOptions:
     clip: float = 1.0
     noise: float = 0.0
     rooms: float = 0.0
+    average_steps: int = 0
     seed: int = 1
     bf16: bool = False
     workers: int = 2
@@ -101,15 +103,20 @@ def train(
     if last.exists():
         load_state(last, state, device)
     network: nn.Module = _Heads(state.model, state.phonemes)
-    if world > 1:
+    apart = world > 1 and options.average_steps > 0
+    if world > 1 and not apart:
         network = nn.parallel.DistributedDataParallel(network)
     out.mkdir(parents=True, exist_ok=True)
     meter, saved_at = _Meter(), time.monotonic()
     with ThreadPoolExecutor(options.workers) as pool:
         for batch in _batches(cache, config, options, state.step, rank, world, pool):
             losses = _step(network, state, batch, options, device, rank)
-            meter.add(losses, batch.seconds)
+            state.audio_seconds += batch.seconds * world  # the others' batches are as large, but for padding
+            meter.add(losses, batch.seconds * world)
             done = state.step == options.steps
+            together = not apart or done or state.step % options.average_steps == 0
+            if apart and together:
+                average_state(state, world)
             if rank == 0 and (meter.count == 50 or done):
                 row = meter.row(state, options)
                 _append(out / "log.jsonl", row)
@@ -117,7 +124,7 @@ def train(
                     report(row)
             if rank == 0 and validate and (state.step % options.validate_steps == 0 or done):
                 _validate(config, state, out, validate, report)
-            if rank == 0 and (time.monotonic() - saved_at > options.save_minutes * 60 or done):
+            if rank == 0 and together and (time.monotonic() - saved_at > options.save_minutes * 60 or done):
                 save_state(last, config, state)
                 saved_at = time.monotonic()
     return state
@@ -138,6 +145,22 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     progress = min(1.0, (step - options.warmup) / max(1, options.steps - options.warmup))
     shape = (1 + math.cos(math.pi * progress)) / 2 if options.schedule == "cosine" else (1 - progress) ** 2
     return options.lr * (0.01 + 0.99 * shape)
+
+
+@torch.no_grad()
+def average_state(state: TrainState, world: int) -> None:
+    """Set all that is trained to its mean over the processes: weights, EMA, norms' statistics, the optimizer's moments.
+
+    Local SGD (Stich, arXiv 1805.09767): processes train apart and meet every `average_steps`, so that they neither wait
+    for one another nor send gradients in every step.
+    """
+    modules = [state.model, state.ema, *([state.phonemes] if state.phonemes else [])]
+    values = [value for module in modules for value in module.state_dict().values()]
+    values += [value for one in state.optimizer.state.values() for value in one.values() if torch.is_tensor(value)]
+    for value in values:
+        if value.is_floating_point():
+            torch.distributed.all_reduce(value)
+            value /= world
 
 
 def save_state(path: Path, config: ModelConfig, state: TrainState) -> None:
@@ -228,8 +251,9 @@ class Muon(torch.optim.Optimizer):
     serves both. Groups with "orthogonal": False take AdamW's step: vectors and the decoder.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float = 0.95, bf16: bool = False) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0, "orthogonal": True})
+        self.bf16 = bf16
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -246,7 +270,7 @@ class Muon(torch.optim.Optimizer):
             state["moment"] = torch.zeros_like(gradient)
         state["moment"].lerp_(gradient, 1 - momentum)
         matrix = gradient.lerp(state["moment"], momentum).flatten(1)  # Nesterov
-        return orthogonalized(matrix).mul_(0.2 * max(matrix.shape) ** 0.5).view_as(gradient)
+        return orthogonalized(matrix, self.bf16).mul_(0.2 * max(matrix.shape) ** 0.5).view_as(gradient)
 
     def _adam(self, gradient: Tensor, state: dict[str, Any], _momentum: float) -> Tensor:
         beta1, beta2 = 0.9, 0.99
@@ -258,22 +282,36 @@ class Muon(torch.optim.Optimizer):
         return mean.div_(second.sqrt_().add_(1e-8))
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor, bf16: bool = False) -> Tensor:
     """[m, n] -> [m, n] with the same singular vectors and all singular values near 1 (0.7 to 1.2).
 
     Five Newton-Schulz steps X <- (a + b XX' + c (XX')^2) X with Jordan's coefficients. They are taken on the small
     Gram matrix: every step multiplies X from the left by a polynomial of it, so the long side enters only twice.
+    With `bf16` these two products may round what they multiply to bfloat16, as torch thinks fit: half the time on a CPU
+    with AVX-512. The small ones may not, for rounding makes eigenvalues of a Gram matrix negative, and these explode.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
-    gram = wide @ wide.T
+    with _matmul_precision("medium" if bf16 else "highest"):
+        gram = wide @ wide.T
     product = factor = _polynomial(gram)
     for _ in range(4):
         gram = factor @ gram @ factor
         factor = _polynomial(gram)
         product = factor @ product
-    result: Tensor = product @ wide
+    with _matmul_precision("medium" if bf16 else "highest"):
+        result: Tensor = product @ wide
     return result if matrix.shape[0] <= matrix.shape[1] else result.T
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _polynomial(gram: Tensor) -> Tensor:
@@ -348,7 +386,6 @@ def _step(
         raise ModelError(f"step {state.step}: the loss or its gradient is not finite; lower --lr or raise --warmup")
     state.optimizer.step()
     state.step += 1
-    state.audio_seconds += batch.seconds
     _update_ema(state, options.ema)
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
@@ -442,7 +479,11 @@ def _optimizer(model: Jasper, phonemes: PhonemeHead | None, options: TrainOption
     vectors = [p for part in (model.encoder, *heads) for p in part.parameters() if p.ndim <= 1]
     if options.optimizer == "muon":
         kinds = ((hidden, options.weight_decay, True), (decoder, options.weight_decay, False), (vectors, 0.0, False))
-        return Muon([{"params": p, "weight_decay": decay, "orthogonal": o} for p, decay, o in kinds], lr=options.lr)
+        return Muon(
+            [{"params": p, "weight_decay": decay, "orthogonal": o} for p, decay, o in kinds],
+            lr=options.lr,
+            bf16=options.bf16,
+        )
     groups = [
         {"params": hidden + decoder, "weight_decay": options.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
