@@ -456,7 +456,15 @@ def test_muon_takes_the_documented_steps():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"optimizer": "sgd"}, {"schedule": "step"}, {"steps": 0}, {"lr": 0.0}, {"batch_seconds": -1.0}]
+    "bad",
+    [
+        {"optimizer": "sgd"},
+        {"schedule": "step"},
+        {"steps": 0},
+        {"lr": 0.0},
+        {"batch_seconds": -1.0},
+        {"average_steps": -1},
+    ],
 )
 def test_wrong_options_are_refused(bad):
     with pytest.raises(UsageError):

@@ -62,6 +62,8 @@ class TrainOptions:
             raise UsageError(f"schedule {self.schedule!r}: use cosine or poly")
         if self.steps < 1 or self.batch_seconds <= 0 or self.lr <= 0:
             raise UsageError("steps, batch-seconds and lr must be above 0")
+        if self.average_steps < 0:
+            raise UsageError("average-steps must be 0 or more")
 
 
 @dataclass
@@ -114,7 +116,8 @@ def train(
             state.audio_seconds += batch.seconds * world  # the others' batches are as large, but for padding
             meter.add(losses, batch.seconds * world)
             done = state.step == options.steps
-            together = not apart or done or state.step % options.average_steps == 0
+            judged = validate is not None and (state.step % options.validate_steps == 0 or done)
+            together = not apart or done or judged or state.step % options.average_steps == 0
             if apart and together:
                 average_state(state, world)
             if rank == 0 and (meter.count == 50 or done):
@@ -122,7 +125,7 @@ def train(
                 _append(out / "log.jsonl", row)
                 if report:
                     report(row)
-            if rank == 0 and validate and (state.step % options.validate_steps == 0 or done):
+            if rank == 0 and validate and judged:
                 _validate(config, state, out, validate, report)
             if rank == 0 and together and (time.monotonic() - saved_at > options.save_minutes * 60 or done):
                 save_state(last, config, state)
