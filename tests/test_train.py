@@ -29,6 +29,7 @@ from jasper_asr.train.phonemes import Lexicon, phoneme_targets, read_lexicon
 torch = pytest.importorskip("torch")
 
 from jasper_asr.model.net import Jasper  # noqa: E402
+from jasper_asr.train import loop  # noqa: E402
 from jasper_asr.train.loop import (  # noqa: E402
     Muon,
     NovoGrad,
@@ -578,6 +579,21 @@ def test_processes_meet_at_the_mean(cache, config, tmp_path, monkeypatch):
     average_state(mine, world=2)
     assert next(others, None) is None
     assert all(torch.equal(one, two) for one, two in zip(tensors(mine), expected, strict=True))
+
+
+def test_processes_meet_before_they_are_judged_or_saved(cache, config, tmp_path, monkeypatch):
+    """Every 3 steps, and where validation every 2 steps or the end falls between."""
+    met, judged, kept = [], [], []
+    monkeypatch.setattr(loop, "join_processes", lambda: (0, 2))
+    monkeypatch.setattr(loop, "average_state", lambda state, world: met.append(state.step))
+    monkeypatch.setattr(loop, "save_state", lambda path, config, state: kept.append((path.name, state.step)))
+    monkeypatch.setattr(loop.os, "replace", lambda *paths: None)
+    apart = replace(OPTIONS, steps=7, average_steps=3, validate_steps=2, save_minutes=0.0)
+    state = train(config, cache, tmp_path, apart, validate=lambda path: judged.append(kept[-1][1]) or 50.0)
+    assert met == [2, 3, 4, 6, 7]
+    assert judged == [2, 4, 6, 7]
+    assert {step for _, step in kept} == set(met)
+    assert state.audio_seconds > 0
 
 
 @pytest.mark.slow
