@@ -325,6 +325,19 @@ def test_our_format_within_quantisation(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.lm", "b.lm"]
 
 
+def test_rare_words_are_counted_as_unknown():
+    text = [*random_text(3, 400, 300), "once", "twice twice"]
+    seen = Counter(" ".join(text).split())
+    assert 10 < sum(count < 5 for count in seen.values()) < len(seen)
+    spelt = [" ".join(word if seen[word] >= 5 else "<unk>" for word in line.split()) for line in text]
+    model, expected = estimate(text, 3, prune=1e-4, min_count=5), estimate(spelt, 3, prune=1e-4)
+    assert model.words == expected.words
+    assert "once" not in model
+    assert model.counts == expected.counts
+    for line in text:
+        assert model.score(line.split()) == expected.score(line.split())
+
+
 def test_capitals_are_read_in_lower_case(tmp_path, arpa):
     path = tmp_path / "capitals.arpa"
     path.write_text(ARPA.replace("\ta", "\tA").replace("\tb", "\tB").replace(" a", " A").replace(" b", " B"))
@@ -478,11 +491,12 @@ def test_the_recipe_leaves_held_out_sentences_out(tmp_path, monkeypatch, capsys)
     sentences = [f"Mr. Holmes' {number} dogs - {'very ' * (number % 7)}old!" for number in range(200)]
     path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress("\n".join(sentences).encode()))
-    training, held_out = recipe.split(path)
+    training, held_out = recipe.split([path])
     assert not set(training) & set(held_out)
     assert set(training) | set(held_out) == {f"mister holmes' dogs {'very ' * n}old" for n in range(7)}
     assert 0 < len(held_out) < 7
-    monkeypatch.setattr(sys, "argv", ["build_lm.py", str(path), "--out", str(tmp_path / "x.lm"), "--prune", "0"])
+    arguments = [path, "--out", tmp_path / "x.lm", "--prune", 0, "--min-count", 1]
+    monkeypatch.setattr(sys, "argv", ["build_lm.py", *map(str, arguments)])
     recipe.main()
     model = NgramModel.load(tmp_path / "x.lm")
     assert "mister" in model

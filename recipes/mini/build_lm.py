@@ -1,6 +1,6 @@
-"""Make the language model of `mini` from text: one sentence a line, plain or gzipped.
+"""Make the language model of `mini` from texts: one sentence a line, plain or gzipped.
 
-    python recipes/mini/build_lm.py sentences.txt.gz --out mini.lm
+    python recipes/mini/build_lm.py sentences.txt.gz books.txt.gz --out mini.lm
 
 Sentences are spelt as `synthesize.py` spells its transcripts. Those it holds out (crc32(sentence) % 50 == 0, and
 whatever has the same transcript) are left out, and measure the model: perplexity counts unknown words and ends of
@@ -14,6 +14,7 @@ import re
 import time
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from jasper_asr.lm import NgramModel, estimate
@@ -25,14 +26,15 @@ SPOKEN = {"mr": "mister", "mrs": "missus", "dr": "doctor"}
 def main() -> None:
     """Split, estimate, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", type=Path)
+    parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--order", type=int, default=3)
     parser.add_argument("--prune", type=float, default=1e-7, help="relative entropy in nats; 0 keeps every n-gram")
+    parser.add_argument("--min-count", type=int, default=10, help="rarer words are counted as unknown")
     options = parser.parse_args()
-    training, held_out = split(options.text)
+    training, held_out = split(options.texts)
     started = time.perf_counter()
-    estimate(training, options.order, prune=options.prune).save(options.out)
+    estimate(training, options.order, prune=options.prune, min_count=options.min_count).save(options.out)
     seconds = time.perf_counter() - started
     model = NgramModel.load(options.out)
     counts = ", ".join(f"{count} {n}-grams" for n, count in enumerate(model.counts, start=1))
@@ -43,13 +45,20 @@ def main() -> None:
     print(f"{100 * sum(word not in model for word in words) / len(words):.2f} % of their words unknown")
 
 
-def split(path: Path) -> tuple[list[str], list[str]]:
-    """Transcripts to train on and transcripts held out, in the file's order."""
+def split(paths: list[Path]) -> tuple[list[str], list[str]]:
+    """Transcripts to train on, in the files' order, and transcripts held out, of the first file."""
+    parts = [list(read(path)) for path in paths]
+    held_out = dict.fromkeys(text for held, text in parts[0] if held)
+    return [text for part in parts for _, text in part if text not in held_out], list(held_out)
+
+
+def read(path: Path) -> Iterator[tuple[bool, str]]:
+    """Whether a line is of those held out, and its transcript, of all lines with words."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        pairs = [(zlib.crc32(line.strip().encode()) % HELD_OUT_EVERY == 0, transcript(line)) for line in file]
-    held_out = {text for held, text in pairs if held and text}
-    return [text for _, text in pairs if text and text not in held_out], list(dict.fromkeys(t for h, t in pairs if h))
+        for line in file:
+            if text := transcript(line):
+                yield zlib.crc32(line.strip().encode()) % HELD_OUT_EVERY == 0, text
 
 
 def transcript(sentence: str) -> str:

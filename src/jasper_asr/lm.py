@@ -8,7 +8,7 @@ A model is a trie of n-grams with back-off weights (Katz 1987): the probability 
 the trie lacks is the context's weight times the probability after the context without its first word.
 `estimate` gives interpolated modified Kneser-Ney (Chen and Goodman 1999), pruned by relative entropy (Stolcke 1998).
 
-Three kinds of file are read. Ours is an uncompressed .npz: the vocabulary, and for each order the n-grams sorted as
+Three kinds of file are read. Ours is a compressed .npz: the vocabulary, and for each order the n-grams sorted as
 a trie (word ids, how many n-grams continue each) with log-probabilities and back-offs as 8-bit indices of codebooks.
 The others are ARPA text, plain or gzipped, and KenLM's binaries; both have base 10.
 """
@@ -100,7 +100,7 @@ class NgramModel:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write our own format, with 8 bits for a log-probability or back-off. Raises StorageError."""
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **_pack(self))
+        np.savez_compressed(buffer, allow_pickle=False, **_pack(self))
         write_whole(Path(path), [buffer.getvalue()])
 
     def save_arpa(self, path: str | os.PathLike[str]) -> None:
@@ -238,15 +238,16 @@ class _HashedModel(NgramModel):
         return total
 
 
-def estimate(sentences: Iterable[str], order: int = 3, *, prune: float = 0.0) -> NgramModel:
+def estimate(sentences: Iterable[str], order: int = 3, *, prune: float = 0.0, min_count: int = 1) -> NgramModel:
     """Interpolated modified Kneser-Ney from `sentences`, words parted by white space.
 
-    `prune` is the relative entropy (nats) below which an n-gram is left to the back-off; 0 keeps all. `<unk>` gets
-    the share that smoothing leaves to a word never seen. Raises UsageError without a single word.
+    `prune` is the relative entropy (nats) below which an n-gram is left to the back-off; 0 keeps all. Words that occur
+    less often than `min_count` are counted as `<unk>`; without any, `<unk>` gets the share that smoothing leaves to a
+    word never seen. Raises UsageError without a single word.
     """
     if order < 1:
         raise UsageError(f"order {order}: must be at least 1")
-    words, tokens, places = _tokens(sentences)
+    words, tokens, places = _tokens(sentences, min_count)
     counts = _count(tokens, places, words, order)
     probs, backoffs = _smooth(counts)
     if prune > 0:
@@ -276,10 +277,10 @@ class _Counts:
 Floats = NDArray[np.float64]
 
 
-def _tokens(sentences: Iterable[str]) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+def _tokens(sentences: Iterable[str], min_count: int = 1) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
     """Sorted vocabulary, word ids of all sentences between their marks, and each one's place in its sentence."""
     ids = {START: 0, END: 1, UNKNOWN: 2}
-    tokens: list[int] = []
+    tokens = array("i")
     lengths: list[int] = []
     for sentence in sentences:
         if words := sentence.split():
@@ -289,12 +290,15 @@ def _tokens(sentences: Iterable[str]) -> tuple[list[str], NDArray[np.int64], NDA
             lengths.append(len(words) + 2)
     if not tokens:
         raise UsageError("language model: the text holds no words; give one sentence a line")
-    ordered = sorted(ids)
-    rank = np.empty(len(ids), np.int64)
-    rank[[ids[word] for word in ordered]] = np.arange(len(ids))
+    numbers = np.frombuffer(tokens, np.int32)
+    frequent = np.bincount(numbers, minlength=len(ids)) >= min_count
+    frequent[:3] = True
+    ordered = sorted(word for word, number in ids.items() if frequent[number])
+    rank = np.full(len(ids), ordered.index(UNKNOWN))
+    rank[[ids[word] for word in ordered]] = np.arange(len(ordered))
     ends = np.cumsum(lengths)
-    places = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-    return ordered, rank[tokens], places
+    places = np.arange(len(numbers)) - np.repeat(ends - lengths, lengths)
+    return ordered, rank[numbers], places
 
 
 def _count(tokens: NDArray[np.int64], places: NDArray[np.int64], words: Sequence[str], order: int) -> list[_Counts]:
