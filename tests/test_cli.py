@@ -657,9 +657,10 @@ def test_beam_search_options(texts, folder):
     code, out, _ = run("transcribe", clip, "--model", model, "--lm", "mini", "--beam-width", "8")
     assert code == 0
     assert out.strip() != texts[0]
-    code, out, err = run("transcribe", clip, "--model", model, "--lm-weight", "1")
-    assert (code, out) == (2, "")
-    assert "need --lm" in err
+    for weight in ("--lm-weight", "--word-bonus", "--unknown-penalty"):
+        code, out, err = run("transcribe", clip, "--model", model, weight, "1")
+        assert (code, out) == (2, "")
+        assert "need --lm" in err
     code, out, err = run("transcribe", clip, "--model", model, "--lm", folder / "none.lm")
     assert (code, out) == (5, "")
     assert "none.lm" in err

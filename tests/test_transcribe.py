@@ -491,12 +491,15 @@ def test_beam_search_decodes_what_the_decoder_function_does(tmp_path):
     with load(model) as plain:
         rows, lens = plain.log_probs([samples])
         greedy_text = plain.transcribe((samples, 16_000)).text
+    texts = []
     for options, given in (
         (BeamOptions(width=8), {}),
-        (BeamOptions(lm=tmp_path / "words.lm", width=8, lm_weight=2.0, word_bonus=0.5), {"lm": lm}),
+        (BeamOptions(tmp_path / "words.lm", 8, lm_weight=2.0, word_bonus=0.5, unknown_penalty=0.1), {"lm": lm}),
+        (BeamOptions(tmp_path / "words.lm", 8, lm_weight=2.0, word_bonus=0.5, unknown_penalty=99.0), {"lm": lm}),
     ):
-        weights = {"lm_weight": 2.0, "word_bonus": 0.5} if given else {}
+        weights = {"lm_weight": 2.0, "word_bonus": 0.5, "unknown_penalty": options.unknown_penalty} if given else {}
         wanted = beam_search(rows[0], int(lens[0]), plain.config.labels, beam_width=8, **given, **weights)[0].text
         with load(model, beam=options) as transcriber:
             assert transcriber.transcribe((samples, 16_000)).text == wanted
-    assert wanted != greedy_text
+        texts.append(wanted)
+    assert len({greedy_text, *texts[1:]}) == 3

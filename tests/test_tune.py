@@ -13,7 +13,7 @@ from helpers_audio import nemo_manifest, run
 from jasper_asr import tune
 from jasper_asr.beam import Trial, beam_search
 from jasper_asr.errors import ManifestError
-from jasper_asr.lm import NgramModel
+from jasper_asr.lm import NgramModel, estimate
 from jasper_asr.transcribe import BeamOptions, load
 from jasper_asr.wer import EditCounts, count_word_edits
 
@@ -123,6 +123,15 @@ def test_the_table_and_the_best(manifest, small_grid):
     weight, bonus = float(lowest[0]), float(lowest[1])
     assert blank == ""
     assert best == f"best: --lm-weight {weight:g} --word-bonus {bonus:g}, WER {lowest[2]} %"
+
+
+def test_unknown_words_cost_what_is_asked(manifest, small_grid, tmp_path):
+    """A language model that lacks most words: what an unknown one costs decides what is heard."""
+    estimate(["the the a", "a the"], 2).save(tmp_path / "few.lm")
+    argv = (*TUNE, manifest, "--lm", str(tmp_path / "few.lm"), "--format", "json", "--unknown-penalty")
+    free, dear = (json.loads(run(*argv, penalty)[1])["trials"] for penalty in ("0", "200"))
+    assert [row["wer"] for row in free] != [row["wer"] for row in dear]
+    assert min(row["wer"] for row in free) < min(row["wer"] for row in dear)
 
 
 def test_json(manifest, small_grid):

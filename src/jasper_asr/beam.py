@@ -108,12 +108,11 @@ def tune(
     labels: Sequence[str],
     lm: NgramModel,
     grid: Iterable[tuple[float, float]],
-    *,
-    beam_width: int = BEAM_WIDTH,
+    **options: Any,
 ) -> Iterator[Trial]:
-    """What each (lm_weight, word_bonus) of `grid` gives on utterances [T', n_classes]."""
+    """What each (lm_weight, word_bonus) of `grid` gives on utterances [T', n_classes]; more options as BeamSearch's."""
     for weight, bonus in grid:
-        search = BeamSearch(labels, lm=lm, beam_width=beam_width, lm_weight=weight, word_bonus=bonus)
+        search = BeamSearch(labels, lm=lm, lm_weight=weight, word_bonus=bonus, **options)
         counts = EditCounts(0, 0, 0, 0)
         for rows, reference in zip(log_probs, references, strict=True):
             counts += count_word_edits(reference, search(rows, len(rows))[0].text)

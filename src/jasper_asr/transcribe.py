@@ -49,6 +49,7 @@ class BeamOptions:
     width: int | None = None
     lm_weight: float | None = None
     word_bonus: float | None = None
+    unknown_penalty: float | None = None
     hotwords: Mapping[str, float] | None = None
 
 
@@ -511,7 +512,12 @@ def _load_lm(options: BeamOptions) -> "NgramModel | None":
 def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelConfig) -> Decoder:
     from jasper_asr.beam import BeamSearch
 
-    given = {"beam_width": options.width, "lm_weight": options.lm_weight, "word_bonus": options.word_bonus}
+    given = {
+        "beam_width": options.width,
+        "lm_weight": options.lm_weight,
+        "word_bonus": options.word_bonus,
+        "unknown_penalty": options.unknown_penalty,
+    }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     search = BeamSearch(config.labels, lm=lm, hotwords=options.hotwords, **chosen)
     return lambda rows: search(rows, len(rows))[0].text

@@ -7,11 +7,12 @@ coarse grid first, then twice around the best pair so far, at half the distance 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jasper_asr.beam import BEAM_WIDTH, Trial, tune
+from jasper_asr.beam import Trial, tune
 from jasper_asr.data.manifest import Utterance
 from jasper_asr.errors import JasperError, ManifestError
 from jasper_asr.evaluate import reference_text
@@ -60,13 +61,13 @@ def hear(
     return Heard(tuple(log_probs), tuple(kept), tuple(errors))
 
 
-def search(heard: Heard, labels: Sequence[str], lm: NgramModel, *, beam_width: int = BEAM_WIDTH) -> Iterator[Trial]:
-    """All trials as they are made: COARSE, then what lies around the best so far."""
+def search(heard: Heard, labels: Sequence[str], lm: NgramModel, **options: Any) -> Iterator[Trial]:
+    """All trials as they are made: COARSE, then what lies around the best so far; other options as BeamSearch's."""
     trials: list[Trial] = []
     for step in (None, *_STEPS):
         tried = {(trial.lm_weight, trial.word_bonus) for trial in trials}
         pairs = [pair for pair in _around(best(trials), step) if pair not in tried] if step else COARSE
-        for trial in tune(heard.log_probs, heard.references, labels, lm, pairs, beam_width=beam_width):
+        for trial in tune(heard.log_probs, heard.references, labels, lm, pairs, **options):
             trials.append(trial)
             yield trial
 

@@ -83,6 +83,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--lm-weight", type=float, help="How much the language model counts."),
             click.option("--word-bonus", type=float, help="Added for each word."),
             click.option(
+                "--unknown-penalty", type=float, help="Taken off for each word that the language model does not know."
+            ),
+            click.option(
                 "--hotword",
                 "hotwords",
                 multiple=True,
@@ -119,7 +122,8 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     """Takes the beam search's options out of `options`; None if none was given."""
     from jasper_asr.transcribe import BUILTIN_LMS, BeamOptions
 
-    names = {"lm": "lm", "beam_width": "width", "lm_weight": "lm_weight", "word_bonus": "word_bonus"}
+    weights = ("lm_weight", "word_bonus", "unknown_penalty")
+    names = {"lm": "lm", "beam_width": "width", **{name: name for name in weights}}
     popped = {new: options.pop(old, None) for old, new in names.items()}
     given = {name: value for name, value in popped.items() if value is not None}
     if hotwords := dict(map(_hotword, options.pop("hotwords", ()))):
@@ -130,8 +134,8 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
         given["lm"] = model
     if given.get("lm") == "none":
         del given["lm"]
-    if "lm" not in given and given.keys() & {"lm_weight", "word_bonus"}:
-        raise UsageError("--lm-weight and --word-bonus need --lm")
+    if "lm" not in given and given.keys() & set(weights):
+        raise UsageError("--lm-weight, --word-bonus and --unknown-penalty need --lm")
     return BeamOptions(**given)
 
 

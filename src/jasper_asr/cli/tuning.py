@@ -33,9 +33,10 @@ def tune_lm(
         if options.pop(name):
             raise UsageError(f"{flag} does not go with tune-lm; leave it out")
     from jasper_asr import tune
-    from jasper_asr.beam import BEAM_WIDTH
 
-    lm, beam_width = _language_model(options), options.pop("beam_width") or BEAM_WIDTH
+    lm = _language_model(options)
+    fixed = {name: options.pop(name) for name in ("beam_width", "unknown_penalty")}
+    fixed = {name: value for name, value in fixed.items() if value is not None}
     rows = read_manifests(manifest, audio_root, allow_outside_root)
     with load_model(options | {"greedy": True}) as transcriber, progress("listening", len(rows), "clips") as advance:
         heard = tune.hear(transcriber, rows, progress=advance)
@@ -44,7 +45,7 @@ def tune_lm(
         complain(error)
     trials = []
     with progress("searching", tune.MOST_TRIALS, "pairs") as advance:
-        for trial in tune.search(heard, labels, lm, beam_width=beam_width):
+        for trial in tune.search(heard, labels, lm, **fixed):
             trials.append(trial)
             advance(1)
     _print(trials, tune.best(trials), len(heard.references), len(heard.errors), layout)
