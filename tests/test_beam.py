@@ -39,7 +39,8 @@ def word_scores(text, lm, lm_weight, word_bonus, unknown_penalty, hotwords):
         total += weight * sum(words[i : i + len(parts)] == parts for i in range(len(words)))
     if lm:
         total += lm_weight * lm.score(words) + word_bonus * len(words)
-        total -= unknown_penalty * sum(word not in lm for word in words)
+        expected = " ".join(hotwords).split()
+        total -= unknown_penalty * sum(word not in lm and word not in expected for word in words)
     return total
 
 
@@ -171,6 +172,7 @@ def test_hotwords_win_where_the_sound_nearly_allows_them():
     assert best(hotwords={"kits": 9.0}) == "the cut"  # the weight is for the whole word
     assert best(hotwords={"cit": 3.0}) == "the cit"
     assert best(hotwords={"cit": 9.0}, lm=ENGLISH) == "the cit"  # an unknown word
+    assert best(hotwords={"the cit": 9.0}, lm=ENGLISH) == "the cit"
     assert best(hotwords={"cut": -3.0}) != "the cut"
 
 
@@ -238,7 +240,7 @@ def test_promise_of_a_prefix_is_that_of_the_best_word_that_begins_so(hotwords):
             scores.append(0.5 * ENGLISH.advance((), "<unk>")[1] + 1.5 - 4.0)
             for hot, weight in hotwords.items():
                 if hot.startswith(begun):
-                    scores.append(scores[len(known)] + weight * end / len(hot))
+                    scores.append(scores[len(known)] + 4.0 + weight * end / len(hot))
             assert spelling.text == begun
             assert spelling.ahead == pytest.approx(max(scores))
 
@@ -346,9 +348,12 @@ def test_trials_of_tuning():
     references = ["the cat", "a zip"]
     grid = [(0.0, 0.0), (1.0, 1.0), (1.2, 1.0), (6.0, 1.0)]
     texts = [
-        [beam_search(r, len(r), LABELS, lm=ENGLISH, lm_weight=weight, word_bonus=bonus)[0].text for r in rows]
+        [
+            beam_search(r, len(r), LABELS, lm=ENGLISH, lm_weight=weight, word_bonus=bonus, unknown_penalty=6.0)[0].text
+            for r in rows
+        ]
         for weight, bonus in grid
     ]
     assert texts == [["the kad", "a zip"], references, references, ["the cat", "a cat"]]
-    trials = list(tune(rows, references, LABELS, ENGLISH, grid))
+    trials = list(tune(rows, references, LABELS, ENGLISH, grid, unknown_penalty=6.0))
     assert trials == [Trial(0.0, 0.0, 0.25), Trial(1.0, 1.0, 0.0), Trial(1.2, 1.0, 0.0), Trial(6.0, 1.0, 0.25)]

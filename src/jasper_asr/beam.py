@@ -4,10 +4,10 @@ A text's score is
 
     acoustic + lm_weight * log P_lm(text) + word_bonus * words - unknown_penalty * unknown words + hotwords,
 
-natural logarithms all; acoustic is the log-probability of the text under CTC (Graves et al. 2006), summed over every
-alignment of every label sequence that reads the same once its spaces are tidied. With an unlimited beam the
-search finds the best text exactly; with a limited one it follows Hannun et al. 2014: prefixes of texts are extended
-frame by frame, each with its probability of ending in a blank and of ending in its last label.
+natural logarithms all; the words of hotwords are not unknown. acoustic is the log-probability of the text under CTC
+(Graves et al. 2006), summed over every alignment of every label sequence that reads the same once its spaces are tidied.
+With an unlimited beam the search finds the best text exactly; with a limited one it follows Hannun et al. 2014: prefixes
+of texts are extended frame by frame, each with its probability of ending in a blank and of ending in its last label.
 
 The model scores a word when it ends. Until then its prefix counts as the likeliest word that begins so (as a
 single word, without context): else words would start for free, and be paid for when the beam has already chosen.
@@ -189,6 +189,7 @@ class _Scorer:
         self.lm, self.labels = lm, labels
         self.hotwords = {word: weight for word, weight in hotwords.items() if " " not in word}
         self.phrases = {tuple(words.split()): weight for words, weight in hotwords.items() if " " in words}
+        self.expected = {word for words in hotwords for word in words.split()}
         self.lm_weight, self.word_bonus, self.unknown_penalty = lm_weight, word_bonus, unknown_penalty
         self.space = labels.index(" ") if " " in labels else -1
         self.words: Sequence[str] = lm.words if lm else ()
@@ -249,7 +250,8 @@ class _Scorer:
         index = self.lm.word_id(word)
         state, log_prob = self.lm.advance_id(state, index)
         score += self.lm_weight * log_prob + self.word_bonus
-        return state, score - self.unknown_penalty if index == self.unknown else score
+        unexpected = index == self.unknown and word not in self.expected
+        return state, score - self.unknown_penalty if unexpected else score
 
     def end(self, prefix: _Prefix) -> float:
         """What all words of a text that ends here score, and its end."""
@@ -278,9 +280,10 @@ class _Scorer:
             if low < high:
                 known = float(self.lm.levels[0].log_probs[low:high].max())
                 best = max(best, self.lm_weight * known + self.word_bonus)
-        for word, weight in self.hotwords.items():
+        for word in self.expected:
             if word.startswith(text):  # its weight comes letter by letter, or each first letter would fill the beam
-                best = max(best, self.word((), word)[1] - weight * (1 - len(text) / len(word)))
+                held_back = self.hotwords.get(word, 0.0) * (1 - len(text) / len(word))
+                best = max(best, self.word((), word)[1] - held_back)
         return best
 
 
