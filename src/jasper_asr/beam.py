@@ -5,9 +5,10 @@ A text's score is
     acoustic + lm_weight * log P_lm(text) + word_bonus * words - unknown_penalty * unknown words + hotwords,
 
 natural logarithms all; the words of hotwords are not unknown. acoustic is the log-probability of the text under CTC
-(Graves et al. 2006), summed over every alignment of every label sequence that reads the same once its spaces are tidied.
-With an unlimited beam the search finds the best text exactly; with a limited one it follows Hannun et al. 2014: prefixes
-of texts are extended frame by frame, each with its probability of ending in a blank and of ending in its last label.
+(Graves et al. 2006), summed over every alignment of every label sequence that reads the same once its spaces are
+tidied. With an unlimited beam the search finds the best text exactly; with a limited one it follows Hannun et al.
+2014: prefixes of texts are extended frame by frame, each with its probability of ending in a blank and of ending in
+its last label.
 
 The model scores a word when it ends. Until then its prefix counts as the likeliest word that begins so (as a
 single word, without context): else words would start for free, and be paid for when the beam has already chosen.
