@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Keep the graphs here, and take those that are here.")
     parser.add_argument("--tile", type=int, help="Frames in a tile (default: chosen for open lengths).")
     parser.add_argument("--fit", action="store_true", help="A spectral graph for each length, its tile chosen for it.")
+    parser.add_argument("--int8", type=Path, help="Time this too: the direct graph, quantised by `jasper quantize`.")
     parser.add_argument("--tiny", action="store_true", help="A quick run with the shape of mini, to see that it works.")
     parser.add_argument("--worker", nargs=4, metavar=("MODEL", "BACKEND", "THREADS", "PRECISION"))
     options = parser.parse_args()
@@ -53,6 +54,8 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         graphs = build(folder, options)
+        if options.int8:
+            graphs["int8"] = options.int8
         print(f"{describe_machine()}; medians of {options.rounds} rounds in alternation\n")
         for threads in options.threads:
             report(graphs, threads, options)
@@ -118,7 +121,7 @@ def report(graphs: dict[str, Path], threads: int, options: argparse.Namespace) -
         worker.close()
     print("\nThe cost model expected, against direct:")
     for name in graphs:
-        if name != "direct":
+        if name.startswith("spectral"):
             lengths = [frames for frames in inputs if fits(name, frames)]
             print(f"- {name}: {', '.join(expectation(name, frames, options) for frames in lengths)}")
     print()

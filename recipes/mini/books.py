@@ -61,13 +61,13 @@ def main() -> None:
     ids = [line.split("\t")[0] for line in options.books.read_text(encoding="utf-8").splitlines()[1:]]
     paths = [options.folder / f"{name}.txt" for name in ids]
     missing = [path.name for path in paths if not path.exists()]
-    seen: set[int] = set()
+    seen: set[str] = set()
     words = 0
     with gzip.open(options.out, "wt", encoding="utf-8", compresslevel=6) as out:
         for path in paths:
             for text in book(path) if path.exists() else ():
-                if hash(text) not in seen and barred.isdisjoint(ngrams(text)):
-                    seen.add(hash(text))
+                if text not in seen and barred.isdisjoint(ngrams(text)):
+                    seen.add(text)
                     words += text.count(" ") + 1
                     out.write(text + "\n")
     books = len(paths) - len(missing)
