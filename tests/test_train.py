@@ -248,6 +248,18 @@ def test_batches_are_padded_with_zeros_and_depend_on_the_seed_alone(cache, confi
     assert one.target_lens.sum() == len(one.targets)
 
 
+def test_a_batch_has_one_tempo(cache, config):
+    """So that utterances of one length stay so; the tempo of the next batch is another."""
+    speed = SpeedPerturbationConfig(discrete=False, p=1.0, min_rate=0.8, max_rate=1.0)  # slower: CTC always fits
+    faster = replace(config, train_dataset=replace(config.train_dataset, speed_perturbation=speed))
+    frames, tempos = cache.frames[:6], []
+    for seed in range(4):
+        lens = make_batch(cache, np.arange(6), faster, np.random.default_rng(seed), noise=0.0).lens
+        tempos.append(frames.sum() / lens.sum())
+        np.testing.assert_allclose(lens * tempos[-1], frames, atol=1.5)
+    assert 0.8 < min(tempos) < max(tempos) - 0.02 < 1.0
+
+
 def test_two_processes_may_compute_the_same_features_at_once(corpus, config, tmp_path, monkeypatch):
     """Another process finishes the same file while this one is at work: both get it, and nothing is left over."""
 
