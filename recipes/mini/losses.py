@@ -1,0 +1,62 @@
+"""The CTC loss of checkpoints on sets that they have or have not heard, in nats a letter: a compass for training.
+
+    python recipes/mini/losses.py MANIFEST [...] --models A.pt B.safetensors [--limit 60]
+
+A word error rate of 60 utterances moves by a point when nothing has changed; their loss does not. On a set that was
+trained on beside one that was not, it tells what is learnt by heart. One row a manifest (`--limit` utterances of it,
+evenly spaced), one column a checkpoint; EMA weights, batch 1, no augmentation.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import ctc_loss
+
+import jasper_asr
+from jasper_asr import text
+from jasper_asr.audio import load_audio
+from jasper_asr.data.manifest import Utterance, read_manifest
+from jasper_asr.train.dataset import spelt
+from jasper_asr.transcribe import Transcriber
+
+
+def main() -> None:
+    """Parse, measure, print a table as it comes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("manifests", type=Path, nargs="+")
+    parser.add_argument("--models", nargs="+", default=["mini"])
+    parser.add_argument("--limit", type=int, default=60, help="utterances of each manifest")
+    options = parser.parse_args()
+    transcribers = [jasper_asr.load(model) for model in options.models]
+    print("\t".join(["set", *(Path(model).stem for model in options.models)]))
+    for manifest in options.manifests:
+        utterances = evenly_spaced(read_manifest(manifest), options.limit)
+        losses = (mean_loss(transcriber, utterances) for transcriber in transcribers)
+        print("\t".join([manifest.parent.name, *(f"{loss:.3f}" for loss in losses)]), flush=True)
+
+
+def evenly_spaced(utterances: Sequence[Utterance], limit: int) -> list[Utterance]:
+    """At most `limit` of `utterances`, from the first to the last."""
+    count = min(limit, len(utterances))
+    return [utterances[i] for i in np.linspace(0, len(utterances) - 1, count).round().astype(int)]
+
+
+def mean_loss(transcriber: Transcriber, utterances: Sequence[Utterance]) -> float:
+    """Sum of -log p(transcript | audio), CTC, over the sum of the transcripts' letters."""
+    total, letters, config = 0.0, 0, transcriber.config
+    for row in utterances:
+        offset, duration = row.part
+        log_probs, lens = transcriber.log_probs([load_audio(row.audio_path, offset=offset, duration=duration)])
+        labels = torch.tensor(text.encode(spelt(row.text or "", config), config.labels))
+        frames = torch.from_numpy(np.array(log_probs[0, : lens[0], None], np.float32))
+        wanted = labels[None], torch.tensor([len(frames)]), torch.tensor([len(labels)])
+        total += float(ctc_loss(frames, *wanted, blank=config.blank_id, reduction="sum"))
+        letters += len(labels)
+    return total / letters
+
+
+if __name__ == "__main__":
+    main()
