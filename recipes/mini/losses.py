@@ -8,6 +8,7 @@ evenly spaced), one column a checkpoint; EMA weights, batch 1, no augmentation.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import jasper_asr
 from jasper_asr import text
 from jasper_asr.audio import load_audio
 from jasper_asr.data.manifest import Utterance, read_manifest
+from jasper_asr.errors import JasperError
 from jasper_asr.train.dataset import spelt
 from jasper_asr.transcribe import Transcriber
 
@@ -35,7 +37,8 @@ def main() -> None:
     for manifest in options.manifests:
         utterances = evenly_spaced(read_manifest(manifest), options.limit)
         losses = (mean_loss(transcriber, utterances) for transcriber in transcribers)
-        print("\t".join([manifest.parent.name, *(f"{loss:.3f}" for loss in losses)]), flush=True)
+        name = manifest.parent.name if manifest.stem == "manifest" else manifest.stem
+        print("\t".join([name, *(f"{loss:.3f}" for loss in losses)]), flush=True)
 
 
 def evenly_spaced(utterances: Sequence[Utterance], limit: int) -> list[Utterance]:
@@ -59,4 +62,7 @@ def mean_loss(transcriber: Transcriber, utterances: Sequence[Utterance]) -> floa
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except JasperError as error:
+        sys.exit(f"losses.py: {error}")
