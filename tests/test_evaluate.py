@@ -23,7 +23,7 @@ class Fake:
         self.answers = answers
         self.clips = []
 
-    def transcribe_many(self, clips, *, progress=None):
+    def transcribe_many(self, clips, *, progress=None, jobs=0):
         for clip in clips:
             self.clips.append(clip)
             answer = self.answers[clip.source.name]

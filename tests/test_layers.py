@@ -37,7 +37,7 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 TORCH_ANYWHERE = ("model/net.py", "model/net_spectral.py", "train/")
 TORCH_IN_FUNCTIONS = ("benchmark/subject.py", "cli/training.py", "model/checkpoint.py")
 
-HEAVY = ["inflect", "onnx", "onnxruntime", "safetensors", "scipy", "soundfile", "soxr", "torch"]
+HEAVY = ["inflect", "onnx", "onnxruntime", "safetensors", "soundfile", "soxr", "torch"]
 
 
 class Import(NamedTuple):
@@ -144,7 +144,7 @@ if TYPE_CHECKING:
     import inflect
 def function():
     if True:
-        from scipy.fft import rfft
+        from soxr.cysoxr import resample
         print(sys.stderr)
 """
     (tmp_path / "made_up.py").write_text(source)
@@ -155,7 +155,7 @@ def function():
         ("jasper_asr.__version__", True),
         ("jasper_asr.data.manifest", True),
         ("inflect", False),
-        ("scipy.fft", False),
+        ("soxr.cysoxr", False),
     ]
     assert [room(name) for name, _ in imports("made_up.py")][1:4] == ["audio", "_version", "data"]
     with pytest.raises(AssertionError, match=r"made_up.py:10: print"):

@@ -175,7 +175,7 @@ def test_choices():
     assert choose_tile(large, "auto") == choose_tile(large, "spectral") == 28
     assert [choose_tile(large, "auto", frames=frames) for frames in (30, 700, 1670, 4000)] == [None, 24, 28, 32]
     assert choose_tile(large, "direct") is None
-    assert [choose_tile(mini(), "auto", frames=frames) for frames in (None, 50, 4000)] == [32, None, 32]
+    assert [choose_tile(mini(), "auto", frames=frames) for frames in (None, 50, 4000)] == [None, None, 32]
     assert choose_tile(mini(), "spectral", frames=50) == 8
     with pytest.raises(UsageError, match=r"^convolution 'fast': choose auto, direct, spectral$"):
         choose_tile(large, "fast")

@@ -510,7 +510,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(cache, config, tmp_path):
 
 
 def test_training_learns_tones_and_validates_through_the_transcriber(config, tmp_path):
-    corpus = read_manifest(write_corpus(tmp_path / "train", 40, seed=1))
+    corpus = read_manifest(write_corpus(tmp_path / "train", 80, seed=1))
     dev = read_manifest(write_corpus(tmp_path / "dev", 10, seed=2))
     plain = replace(
         config,
@@ -519,7 +519,7 @@ def test_training_learns_tones_and_validates_through_the_transcriber(config, tmp
     )
     rows = []
     options = TrainOptions(
-        steps=250, batch_seconds=8.0, warmup=10, lr=3e-3, workers=1, ema=0.95, validate_steps=50, seed=1
+        steps=250, batch_seconds=8.0, warmup=10, lr=3e-3, workers=1, ema=0.95, validate_steps=50, seed=2
     )
     state, skipped = run_training(plain, [corpus], dev, tmp_path / "out", options, report=rows.append)
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -85,6 +85,10 @@ class Gate:
         return report.failed == 0 and report.utterances > 0 and report.wer <= self.limit + 1e-9
 
 
+_READERS = 2
+"""Utterances read ahead while the network runs: an Opus decoder takes nearly as long as `mini`."""
+
+
 def evaluate(
     transcriber: Transcriber,
     utterances: Sequence[Utterance],
@@ -103,7 +107,7 @@ def evaluate(
     references = [reference_text(row, transcriber) for row in chosen]
     clips = [Clip(row.audio_path, *row.part) for row in chosen]
     started = time.perf_counter()
-    results = list(transcriber.transcribe_many(clips, progress=progress))
+    results = list(transcriber.transcribe_many(clips, progress=progress, jobs=_READERS))
     seconds = time.perf_counter() - started
     items, words, chars = [], EditCounts(0, 0, 0, 0), EditCounts(0, 0, 0, 0)
     for row, reference, result in zip(chosen, references, results, strict=True):

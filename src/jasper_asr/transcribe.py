@@ -467,26 +467,26 @@ def load(
     for name, seconds in (("chunk_seconds", chunk_seconds), ("halo_seconds", halo_seconds)):
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise UsageError(f"{name} {seconds}: must be a number of seconds")
-    from jasper_asr.model.cache import open_built
     from jasper_asr.model.export import resolve_model
 
     path = resolve_model(model)
     if beam is None and not greedy and str(model) in BUILTIN_LMS:
         beam = BeamOptions(lm=str(model))
-    lm = _load_lm(beam) if beam else None
-    options: dict[str, Any] = {"threads": threads, "device": device, "precision": precision}
-    if path.suffix in (".onnx", ".om"):
-        if convolution:
-            raise UsageError(f"{path}: keeps the convolutions it was exported with; give a checkpoint")
-        name = "acl" if path.suffix == ".om" else backend
-        opened = open_backend(name, path, **options)
-    else:
-        # alone and at its exact length an utterance needs no masks
-        masked = batch_size > 1 or pad_to is not None
-        shape = {"masked": masked, "convolution": convolution or "auto"}
-        opened = open_built(
-            path, lambda graph: open_backend(backend, graph, **options), config=config, weights=weights, **shape
+    with ThreadPoolExecutor(1) as pool:
+        # the package's own language model is unpacked while the runtime opens the network; any other fails first
+        loading = pool.submit(_load_lm, beam) if beam else None
+        if loading and beam and str(beam.lm) not in BUILTIN_LMS:
+            loading.result()
+        opened = _open_network(
+            path,
+            backend,
+            {"threads": threads, "device": device, "precision": precision},
+            config=config,
+            weights=weights,
+            masked=batch_size > 1 or pad_to is not None,  # alone and at its exact length an utterance needs no masks
+            convolution=convolution,
         )
+    lm = loading.result() if loading else None
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
     return Transcriber(
         opened,
@@ -499,6 +499,29 @@ def load(
         chunk_seconds=chunk_seconds,
         halo_seconds=halo_seconds,
     )
+
+
+def _open_network(
+    path: Path,
+    backend: str,
+    options: dict[str, Any],
+    *,
+    config: ModelConfig | None,
+    weights: str,
+    masked: bool,
+    convolution: str | None,
+) -> Backend:
+    """An exported model as it is; of a checkpoint the graph that suits, from the cache if it was built before."""
+    from jasper_asr.model.cache import open_built
+
+    if path.suffix not in (".onnx", ".om"):
+        shape = {"masked": masked, "convolution": convolution or "auto"}
+        return open_built(
+            path, lambda graph: open_backend(backend, graph, **options), config=config, weights=weights, **shape
+        )
+    if convolution:
+        raise UsageError(f"{path}: keeps the convolutions it was exported with; give a checkpoint")
+    return open_backend("acl" if path.suffix == ".om" else backend, path, **options)
 
 
 def _load_lm(options: BeamOptions) -> "NgramModel | None":

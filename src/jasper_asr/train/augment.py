@@ -59,11 +59,14 @@ def add_room(log_mels: Float32, decay_seconds: float, ratio_db: float, hop_secon
     Energy that arrives late adds to what is said meanwhile, as power: the exponential tail of Polack's model of a room
     (1988), the same in all bands. Early reflections are within a frame and colour only the spectrum.
     """
-    from scipy.signal import lfilter  # a tenth of a second to import
-
     power = np.exp(np.minimum(log_mels, 60.0))
     keep = 10 ** (-6.0 * hop_seconds / decay_seconds)
-    tail = lfilter([0.0, 1 - keep], [1.0, -keep], power, axis=1)
+    tail = np.zeros_like(power)
+    tail[:, 1:] = (1 - keep) * power[:, :-1]
+    reach = 1  # frames that the tail has summed: tail[t] = keep tail[t - 1] + ..., twice as many each time
+    while reach < power.shape[1]:
+        tail[:, reach:] += keep**reach * tail[:, :-reach]
+        reach *= 2
     late: Float32 = np.log(power + tail * 10 ** (-ratio_db / 10)).astype(np.float32)  # log-mels carry the guard
     return late
 
