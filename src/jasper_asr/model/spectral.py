@@ -51,7 +51,7 @@ def choose_tile(
     """The tile M in output frames of a spectral graph, None for a direct one.
 
     `auto` takes spectral where the cost model holds it for clearly faster, on one core and at `frames`. A network whose
-    last convolutions are strided or grouped (QuartzNet) has no stretch that could be spectral: it is direct in any case.
+    last convolutions are strided or grouped (QuartzNet) has no spectral stretch and is direct in any case.
     Raises UsageError for an unknown kind.
     """
     if convolution not in CONVOLUTIONS:
