@@ -12,10 +12,9 @@ import struct
 import numpy as np
 import pytest
 
-from jasper_asr import kenlm
 from jasper_asr.beam import BeamSearch
 from jasper_asr.errors import ModelError, UsageError
-from jasper_asr.lm import NgramModel
+from jasper_asr.lm import NgramModel, kenlm
 
 EXACT = ["probing", "trie", "array"]
 QUANTISED = ["quant", "quantarray"]

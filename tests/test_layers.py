@@ -27,7 +27,7 @@ ROOMS = [
     ["beam", "align"],
     ["config", "audio", "text", "decode", "wer"],
     ["lm"],
-    ["files", "kenlm"],
+    ["files"],
     ["errors", "_version"],
 ]
 """From the top down; a room is a module or a package. Rooms of one line do not know each other."""
