@@ -28,6 +28,21 @@ def test_the_mean_of_three(tiny, tmp_path):
         np.testing.assert_allclose(values, sum(one[name] for one in weights) / 3, atol=1e-6)
 
 
+def test_shares(tiny, tmp_path):
+    weights = [random_weights(tiny, seed=seed) for seed in range(2)]
+    files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for path, values in zip(files, weights, strict=True):
+        save_safetensors(path, tiny, values)
+    out = tmp_path / "mean.safetensors"
+    assert run(*files, "--out", out, "--shares", 1, 3).returncode == 0
+    found = load_checkpoint(out)
+    for name, values in found.weights.items():
+        np.testing.assert_allclose(values, (weights[0][name] + 3 * weights[1][name]) / 4, atol=1e-6)
+    done = run(*files, "--out", tmp_path / "none.safetensors", "--shares", 1)
+    assert done.returncode == 2
+    assert "one share for each checkpoint" in done.stderr
+
+
 def test_networks_that_differ_are_refused(tiny, tiny_quartznet, tmp_path):
     for name, config in (("a", tiny), ("b", tiny_quartznet)):
         save_safetensors(tmp_path / f"{name}.safetensors", config, random_weights(config))
