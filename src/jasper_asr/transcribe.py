@@ -472,21 +472,16 @@ def load(
     path = resolve_model(model)
     if beam is None and not greedy and str(model) in BUILTIN_LMS:
         beam = BeamOptions(lm=str(model))
-    with ThreadPoolExecutor(1) as pool:
-        # the package's own language model is unpacked while the runtime opens the network; any other fails first
-        loading = pool.submit(_load_lm, beam) if beam else None
-        if loading and beam and str(beam.lm) not in BUILTIN_LMS:
-            loading.result()
-        opened = _open_network(
-            path,
-            backend,
-            {"threads": threads, "device": device, "precision": precision},
-            config=config,
-            weights=weights,
-            masked=batch_size > 1 or pad_to is not None,  # alone and at its exact length an utterance needs no masks
-            convolution=convolution,
-        )
-    lm = loading.result() if loading else None
+    lm = _load_lm(beam) if beam else None
+    opened = _open_network(
+        path,
+        backend,
+        {"threads": threads, "device": device, "precision": precision},
+        config=config,
+        weights=weights,
+        masked=batch_size > 1 or pad_to is not None,  # alone and at its exact length an utterance needs no masks
+        convolution=convolution,
+    )
     decoder = _beam_decoder(beam, lm, opened.config) if beam else None
     return Transcriber(
         opened,
