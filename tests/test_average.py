@@ -15,11 +15,17 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
-def test_the_mean_of_three(tiny, tmp_path):
-    weights = [random_weights(tiny, seed=seed) for seed in range(3)]
-    files = [tmp_path / f"{seed}.safetensors" for seed in range(3)]
+def saved(config, folder: Path, count: int):
+    """Weights of `count` networks, and their files."""
+    weights = [random_weights(config, seed=seed) for seed in range(count)]
+    files = [folder / f"{seed}.safetensors" for seed in range(count)]
     for path, values in zip(files, weights, strict=True):
-        save_safetensors(path, tiny, values)
+        save_safetensors(path, config, values)
+    return weights, files
+
+
+def test_the_mean_of_three(tiny, tmp_path):
+    weights, files = saved(tiny, tmp_path, 3)
     out = tmp_path / "mean.safetensors"
     assert run(*files, "--out", out).returncode == 0
     found = load_checkpoint(out)
@@ -29,10 +35,7 @@ def test_the_mean_of_three(tiny, tmp_path):
 
 
 def test_shares(tiny, tmp_path):
-    weights = [random_weights(tiny, seed=seed) for seed in range(2)]
-    files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
-    for path, values in zip(files, weights, strict=True):
-        save_safetensors(path, tiny, values)
+    weights, files = saved(tiny, tmp_path, 2)
     out = tmp_path / "mean.safetensors"
     assert run(*files, "--out", out, "--shares", 1, 3).returncode == 0
     found = load_checkpoint(out)
@@ -41,6 +44,7 @@ def test_shares(tiny, tmp_path):
     done = run(*files, "--out", tmp_path / "none.safetensors", "--shares", 1)
     assert done.returncode == 2
     assert "one share for each checkpoint" in done.stderr
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_networks_that_differ_are_refused(tiny, tiny_quartznet, tmp_path):

@@ -83,18 +83,19 @@ def _energies(samples: Float32, config: FeatureConfig) -> Float32:
     mel = _mel_filters(config.sample_rate, config.n_fft, config.n_filt, config.lowfreq, config.highfreq).T
     energies = np.empty((len(frames), config.n_filt), np.float32)
     # written over in every block: memory from the system costs more than the transforms
-    windowed = np.zeros((_BLOCK_FRAMES, config.n_fft), np.float32)
-    spectrum = np.empty((_BLOCK_FRAMES, config.n_fft // 2 + 1), np.complex64)
+    block = min(_BLOCK_FRAMES, len(frames))
+    windowed = np.zeros((block, config.n_fft), np.float32)
+    spectrum = np.empty((block, config.n_fft // 2 + 1), np.complex64)
     power, imaginary = np.empty((2, *spectrum.shape), np.float32)
-    for start in range(0, len(frames), _BLOCK_FRAMES):
-        rows = slice(min(_BLOCK_FRAMES, len(frames) - start))
+    for start in range(0, len(frames), block):
+        rows = slice(min(block, len(frames) - start))
         # NVIDIA centres the 320-sample window in the 512-point FFT; starting it at 0 changes only the phase
-        np.multiply(frames[start : start + _BLOCK_FRAMES], window, out=windowed[rows, : config.win_length])
+        np.multiply(frames[start : start + block], window, out=windowed[rows, : config.win_length])
         np.fft.rfft(windowed[rows], axis=1, out=spectrum[rows])  # type: ignore[arg-type]  # numpy's stubs know no float32
         np.square(spectrum[rows].real, out=power[rows])
         np.square(spectrum[rows].imag, out=imaginary[rows])
         power[rows] += imaginary[rows]
-        np.matmul(power[rows], mel, out=energies[start : start + _BLOCK_FRAMES])
+        np.matmul(power[rows], mel, out=energies[start : start + block])
     return energies
 
 

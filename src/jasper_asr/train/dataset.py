@@ -136,7 +136,7 @@ def make_batch(
     """Augmented, normalised, padded features of `indices`; `noise`, `rooms`: shares of utterances that get them.
 
     Pitch is each utterance's own, tempo the whole batch's: utterances that are of one length stay so, and a batch is
-    94 % speech where it was 84 % (rates from 0.85 to 1.15).
+    94 % speech where a tempo for each left 88 % (rates from 0.9 to 1.1).
     """
     speed = config.train_dataset.speed_perturbation if config.train_dataset else None
     tempo = augment.draw_rate(speed, rng) if speed else 1.0
