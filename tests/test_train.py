@@ -35,6 +35,7 @@ from jasper_asr.train.loop import (  # noqa: E402
     NovoGrad,
     PhonemeHead,
     TrainOptions,
+    _consistency_loss,
     _phoneme_loss,
     average_state,
     learning_rate,
@@ -260,6 +261,19 @@ def test_a_batch_has_one_tempo(cache, config):
     assert 0.8 < min(tempos) < max(tempos) - 0.02 < 1.0
 
 
+def test_views_of_an_utterance_are_augmented_apart_and_stay_in_step(cache, config):
+    speed = SpeedPerturbationConfig(discrete=False, p=1.0, min_rate=0.8, max_rate=1.0)
+    faster = replace(config, train_dataset=replace(config.train_dataset, speed_perturbation=speed))
+    batch = make_batch(cache, np.arange(3), faster, np.random.default_rng(0), noise=0.0, views=2)
+    assert batch.views == 2
+    np.testing.assert_array_equal(batch.lens[:3], batch.lens[3:])
+    np.testing.assert_array_equal(*np.split(batch.targets, 2))
+    assert all((one != two).any() for one, two in zip(batch.features[:3], batch.features[3:], strict=True))
+    plain = replace(config, train_dataset=replace(config.train_dataset, speed_perturbation=None), spec_augment=None)
+    same = make_batch(cache, np.arange(3), plain, np.random.default_rng(0), noise=0.0, views=2)
+    np.testing.assert_array_equal(same.features[:3], same.features[3:])
+
+
 def test_two_processes_may_compute_the_same_features_at_once(corpus, config, tmp_path, monkeypatch):
     """Another process finishes the same file while this one is at work: both get it, and nothing is left over."""
 
@@ -407,6 +421,44 @@ def test_phonemes_are_learnt_resumed_exactly_and_leave_no_trace_in_the_network(c
     assert whole.model.state_dict().keys() == Jasper(config).state_dict().keys()
 
 
+# --- consistency ----------------------------------------------------------------------------------------------
+
+
+def test_consistency_is_the_divergence_of_the_views_both_ways():
+    """Against plain numpy, frame by frame; what lies beyond an utterance's end counts for nothing."""
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(4, 7, 3))
+    log_probs = scores - np.log(np.exp(scores).sum(2, keepdims=True))
+    lens = [7, 4, 7, 4]
+    wanted = 0.0
+    for one, two in ((0, 2), (1, 3)):
+        for p, q in zip(log_probs[one, : lens[one]], log_probs[two, : lens[two]], strict=True):
+            wanted += float(np.exp(p) @ (p - q) + np.exp(q) @ (q - p))
+    found = _consistency_loss(torch.from_numpy(log_probs), torch.tensor(lens), 10)
+    assert float(found) == pytest.approx(wanted / 10, rel=1e-9)
+    alike = torch.from_numpy(log_probs[[0, 1, 0, 1]])
+    assert float(_consistency_loss(alike, torch.tensor(lens), 10)) == 0
+
+
+def test_each_view_moves_towards_the_other_as_it_stands():
+    """The gradient by the scores of a frame is p - q, the other view taken as a fixed target."""
+    scores = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    _consistency_loss(scores.log_softmax(2), torch.tensor([1, 1]), 1).backward()
+    p = scores.detach().softmax(2)
+    torch.testing.assert_close(scores.grad, p - p.flip(0))
+
+
+def test_consistency_draws_the_views_together(cache, config, tmp_path):
+    """From one start and through the same batches: with its loss, views of an utterance end nearer to one another."""
+    options = replace(OPTIONS, steps=60, noise=1.0, lr=3e-3)
+    apart = []
+    for weight in (1e-6, 1.0):
+        train(config, cache, tmp_path / str(weight), replace(options, consistency=weight))
+        rows = [json.loads(line) for line in (tmp_path / str(weight) / "log.jsonl").read_text().splitlines()]
+        apart.append(rows[-1]["consistency_loss"])
+    assert apart[1] < apart[0] / 2
+
+
 # --- optimisation ---------------------------------------------------------------------------------------------
 
 
@@ -477,6 +529,7 @@ def test_muon_takes_the_documented_steps():
         {"lr": 0.0},
         {"batch_seconds": -1.0},
         {"average_steps": -1},
+        {"consistency": -0.1},
     ],
 )
 def test_wrong_options_are_refused(bad):
@@ -491,19 +544,21 @@ def equal_states(one, two):
     return all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(cache, config, tmp_path):
-    whole = train(config, cache, tmp_path / "whole", OPTIONS)
+@pytest.mark.parametrize("consistency", [0.0, 0.2])
+def test_a_resumed_run_equals_an_uninterrupted_one(cache, config, tmp_path, consistency):
+    options = replace(OPTIONS, consistency=consistency)
+    whole = train(config, cache, tmp_path / "whole", options)
 
     def interrupt(checkpoint):
         if torch.load(checkpoint, weights_only=True)["step"] == 3:
             raise KeyboardInterrupt
         return 100.0
 
-    every_step = replace(OPTIONS, save_minutes=0.0, validate_steps=1)
+    every_step = replace(options, save_minutes=0.0, validate_steps=1)
     with pytest.raises(KeyboardInterrupt):
         train(config, cache, tmp_path / "killed", every_step, validate=interrupt)
     assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] == 2
-    resumed = train(config, cache, tmp_path / "killed", OPTIONS)
+    resumed = train(config, cache, tmp_path / "killed", options)
     assert resumed.step == whole.step == 6
     assert equal_states(resumed.model.state_dict(), whole.model.state_dict())
     assert equal_states(resumed.ema.state_dict(), whole.ema.state_dict())

@@ -48,6 +48,12 @@ if TYPE_CHECKING:
 @click.option("--noise", default=0.0, show_default=True, help="Share of utterances that get noise added.")
 @click.option("--rooms", default=0.0, show_default=True, help="Share of utterances that get a room added.")
 @click.option(
+    "--consistency",
+    default=0.0,
+    show_default=True,
+    help="Weight of the agreement of two augmentations of each utterance (CR-CTC); 0: each stands once in a batch.",
+)
+@click.option(
     "--average-steps",
     default=0,
     show_default=True,

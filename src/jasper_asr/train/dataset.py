@@ -26,13 +26,17 @@ PAD_FRAMES = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """features float32 [B, n_filt, T] zero beyond lens; targets are the utterances' label ids one after the other."""
+    """features float32 [B, n_filt, T] zero beyond lens; targets are the utterances' label ids one after the other.
+
+    Of `views` above 1, rows i, i + B / views, ... are one utterance, augmented anew: of the same length and labels.
+    """
 
     features: NDArray[np.float32]
     lens: NDArray[np.int64]
     targets: NDArray[np.int64]
     target_lens: NDArray[np.int64]
     seconds: float
+    views: int = 1
 
 
 class FeatureCache:
@@ -132,6 +136,7 @@ def make_batch(
     *,
     noise: float,
     rooms: float = 0.0,
+    views: int = 1,
 ) -> Batch:
     """Augmented, normalised, padded features of `indices`; `noise`, `rooms`: shares of utterances that get them.
 
@@ -140,6 +145,7 @@ def make_batch(
     """
     speed = config.train_dataset.speed_perturbation if config.train_dataset else None
     tempo = augment.draw_rate(speed, rng) if speed else 1.0
+    indices = np.tile(indices, views)
     rows = [_augmented(cache, int(index), config, speed, tempo, rng, noise, rooms) for index in indices]
     lens = np.array([row.shape[1] for row in rows], np.int64)
     frames = -(-int(lens.max()) // PAD_FRAMES) * PAD_FRAMES
@@ -154,6 +160,7 @@ def make_batch(
         targets=np.concatenate([np.array(row, np.int64) for row in labels]),
         target_lens=np.array([len(row) for row in labels], np.int64),
         seconds=float(lens.sum() * hop_seconds),
+        views=views,
     )
 
 

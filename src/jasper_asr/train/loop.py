@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class TrainOptions:
     clip: float = 1.0
     noise: float = 0.0
     rooms: float = 0.0
+    consistency: float = 0.0
     average_steps: int = 0
     seed: int = 1
     bf16: bool = False
@@ -62,8 +64,13 @@ class TrainOptions:
             raise UsageError(f"schedule {self.schedule!r}: use cosine or poly")
         if self.steps < 1 or self.batch_seconds <= 0 or self.lr <= 0:
             raise UsageError("steps, batch-seconds and lr must be above 0")
-        if self.average_steps < 0:
-            raise UsageError("average-steps must be 0 or more")
+        if self.average_steps < 0 or self.consistency < 0:
+            raise UsageError("average-steps and consistency must be 0 or more")
+
+    @property
+    def views(self) -> int:
+        """How often an utterance stands in a batch, augmented anew each time."""
+        return 2 if self.consistency else 1
 
 
 @dataclass
@@ -378,10 +385,13 @@ def _step(
         heads = network(torch.from_numpy(batch.features).to(device), torch.from_numpy(batch.lens).to(device))
     config, (log_probs, lens) = state.model.config, heads[0]
     losses = {"loss": _ctc(log_probs, lens, batch.targets, batch.target_lens, config.blank_id)}
+    if batch.views > 1:
+        losses["consistency_loss"] = _consistency_loss(log_probs, lens, int(batch.target_lens.sum()))
     if state.phonemes is not None:
         log_probs, lens = heads[1]
         losses["phoneme_loss"] = _phoneme_loss(log_probs, lens, batch, state.phonemes.lexicon, config)
     total = losses["loss"] + WEIGHT * losses.get("phoneme_loss", 0.0)
+    total = total + options.consistency * losses.get("consistency_loss", 0.0)
     state.optimizer.zero_grad()
     total.backward()  # type: ignore[no-untyped-call]
     norm = nn.utils.clip_grad_norm_(network.parameters(), options.clip)
@@ -414,6 +424,18 @@ def _phoneme_loss(log_probs: Tensor, lens: Tensor, batch: Batch, lexicon: Lexico
     return _ctc(log_probs[rows], lens[rows], spoken.targets, spoken.target_lens, lexicon.n_classes - 1)
 
 
+def _consistency_loss(log_probs: Tensor, lens: Tensor, labels: int) -> Tensor:
+    """How far two views of an utterance, the halves of a batch, are from one another, in nats a label of both.
+
+    Yao et al., "CR-CTC: consistency regularization on CTC for improved speech recognition", arXiv 2410.05101,
+    equation 3: Kullback-Leibler divergences frame by frame, each view's from the other as a fixed target, summed.
+    """
+    other = log_probs.detach().roll(len(log_probs) // 2, 0)
+    divergence = (other.exp() * (other - log_probs)).sum(2)
+    valid = torch.arange(log_probs.shape[1], device=lens.device) < lens[:, None]
+    return divergence[valid].sum() / labels
+
+
 @torch.no_grad()
 def _update_ema(state: TrainState, decay: float) -> None:
     decay = min(decay, (1 + state.step) / (10 + state.step))  # the first steps are forgotten fast
@@ -435,11 +457,12 @@ def _batches(
 ) -> Iterator[Batch]:
     """Batches of steps `step` to `options.steps`, made ahead by `pool`, in order."""
     hop_seconds = config.features.hop_length / config.features.sample_rate
-    plan = BatchPlan(cache.frames, int(options.batch_seconds / hop_seconds), options.seed)
+    plan = BatchPlan(cache.frames, int(options.batch_seconds / options.views / hop_seconds), options.seed)
+    make = partial(make_batch, noise=options.noise, rooms=options.rooms, views=options.views)
     pending: list[Future[Batch]] = []
     for number, indices in _schedule(plan, step, options.steps, rank, world):
         rng = np.random.default_rng([options.seed, number, rank])
-        pending.append(pool.submit(make_batch, cache, indices, config, rng, noise=options.noise, rooms=options.rooms))
+        pending.append(pool.submit(make, cache, indices, config, rng))
         if len(pending) > 2 * options.workers:
             yield pending.pop(0).result()
     for future in pending:
