@@ -11,6 +11,7 @@ import jasper_asr
 from jasper_asr import text
 from jasper_asr.audio import load_audio
 from jasper_asr.data.manifest import read_manifest
+from jasper_asr.wer import count_char_edits
 
 SCRIPT = Path(__file__).parents[1] / "recipes" / "mini" / "losses.py"
 CLIPS = Path(jasper_asr.__file__).parent / "models" / "mini" / "clips" / "manifest.jsonl"
@@ -21,10 +22,13 @@ def test_the_loss_is_minus_the_log_probability_of_the_transcripts_a_letter():
         [sys.executable, SCRIPT, CLIPS, "--limit", "2"], capture_output=True, text=True, timeout=120, check=True
     )
     header, row = (line.split("\t") for line in done.stdout.splitlines())
-    assert header == ["set", "mini"]
+    assert header == ["set", "mini", "CER"]
     assert row[0] == "clips"
     clips, transcriber = read_manifest(CLIPS), jasper_asr.load("mini")
     loss = letters = 0.0
+    best_path = jasper_asr.load("mini", greedy=True)
+    first, last = (count_char_edits(c.text, best_path.transcribe(c.audio_path).text) for c in (clips[0], clips[-1]))
+    assert float(row[2]) == pytest.approx(100 * (first + last).rate, abs=0.06)
     for clip in (clips[0], clips[-1]):
         labels = text.encode(clip.text, transcriber.config.labels)
         log_probs, lens = transcriber.log_probs([load_audio(clip.audio_path)])
