@@ -78,6 +78,7 @@ def test_unlimited_beam_equals_enumeration(frames, seed, labels, spread):
     st.floats(0, 3),
     st.floats(-3, 5),
     st.floats(0, 6),
+    st.floats(0, 2),
     st.dictionaries(
         st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=3).map(" ".join),
         st.floats(-2, 6),
@@ -87,16 +88,23 @@ def test_unlimited_beam_equals_enumeration(frames, seed, labels, spread):
 )
 @settings(max_examples=80, deadline=None)
 def test_unlimited_beam_with_language_model_equals_enumeration(
-    frames, seed, lm_weight, word_bonus, unknown_penalty, hotwords, with_lm
+    frames, seed, lm_weight, word_bonus, unknown_penalty, blank_penalty, hotwords, with_lm
 ):
     log_probs = random_log_probs(seed, frames, len(FEW) + 1)
     options = {"lm_weight": lm_weight, "word_bonus": word_bonus, "unknown_penalty": unknown_penalty}
     lm = LM if with_lm else None
+    heard = log_probs.copy()
+    if lm:
+        heard[:, -1] -= blank_penalty
+        heard -= np.log(np.exp(heard).sum(axis=1, keepdims=True))
     expected = {
         text: acoustic + word_scores(text, lm, hotwords=hotwords, **options)
-        for text, acoustic in texts_by_enumeration(log_probs, FEW).items()
+        for text, acoustic in texts_by_enumeration(heard, FEW).items()
     }
+    before = log_probs.copy()
+    options["blank_penalty"] = blank_penalty
     found = beam_search(log_probs, frames, FEW, lm=lm, hotwords=hotwords, **options, **UNLIMITED)
+    assert (log_probs == before).all()
     assert {each.text: pytest.approx(each.score, abs=1e-6) for each in found} == expected
     assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
 
@@ -107,7 +115,7 @@ def test_limited_beam_never_claims_more_than_is_there(frames, seed, width):
     """Pruning loses alignments, so acoustic scores are lower bounds; the words' part is exact at any width."""
     log_probs = random_log_probs(seed, frames, len(FEW) + 1)
     options = {"lm_weight": 0.7, "word_bonus": 1.0, "unknown_penalty": 2.0}
-    found = beam_search(log_probs, frames, FEW, lm=LM, beam_width=width, **options)
+    found = beam_search(log_probs, frames, FEW, lm=LM, beam_width=width, blank_penalty=0.0, **options)
     assert 1 <= len(found) <= width
     assert len({each.text for each in found}) == len(found)
     exact = texts_by_enumeration(log_probs, FEW) if frames <= 5 else {}
@@ -285,7 +293,9 @@ def test_long_audio_neither_underflows_nor_keeps_what_is_over(monkeypatch):
     roots = []
     forget = beam._forget_dead_ends
     monkeypatch.setattr(beam, "_forget_dead_ends", lambda kept: (forget(kept), roots.append(kept[0])))
-    options = {"lm": LM, "beam_width": 4, "token_min_logp": -math.inf, "unknown_penalty": 0.0}
+    options = {
+        "lm": LM, "beam_width": 4, "token_min_logp": -math.inf, "unknown_penalty": 0.0, "blank_penalty": 0.0,
+    }  # fmt: skip
     found = beam_search(log_probs, 3000, LABELS, **options)
     assert len(roots) == 3000 // beam._TIDY_EVERY
     assert found[0].acoustic == pytest.approx(-50.0 * 3000, rel=0.01)

@@ -657,7 +657,7 @@ def test_beam_search_options(texts, folder):
     code, out, _ = run("transcribe", clip, "--model", model, "--lm", "mini", "--beam-width", "8")
     assert code == 0
     assert out.strip() != texts[0]
-    for weight in ("--lm-weight", "--word-bonus", "--unknown-penalty"):
+    for weight in ("--lm-weight", "--word-bonus", "--unknown-penalty", "--blank-penalty"):
         code, out, err = run("transcribe", clip, "--model", model, weight, "1")
         assert (code, out) == (2, "")
         assert "need --lm" in err

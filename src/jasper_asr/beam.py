@@ -6,9 +6,10 @@ A text's score is
 
 natural logarithms all; the words of hotwords are not unknown. acoustic is the log-probability of the text under CTC
 (Graves et al. 2006), summed over every alignment of every label sequence that reads the same once its spaces are
-tidied. With an unlimited beam the search finds the best text exactly; with a limited one it follows Hannun et al.
-2014: prefixes of texts are extended frame by frame, each with its probability of ending in a blank and of ending in
-its last label.
+tidied. With a language model `blank_penalty` is first taken off the blank's log-probability in every frame, which is
+then normalised again: a language model makes every word dear, so a search leaves words out; this balances it. With an
+unlimited beam the search finds the best text exactly; with a limited one it follows Hannun et al. 2014: prefixes of
+texts are extended frame by frame, each with its probability of ending in a blank and of ending in its last label.
 
 The model scores a word when it ends. Until then its prefix counts as the likeliest word that begins so (as a
 single word, without context): else words would start for free, and be paid for when the beam has already chosen.
@@ -29,7 +30,8 @@ from jasper_asr.errors import UsageError
 from jasper_asr.lm import UNKNOWN, NgramModel, State
 from jasper_asr.wer import EditCounts, count_word_edits
 
-LM_WEIGHT, WORD_BONUS, UNKNOWN_PENALTY = 0.75, 1.0, 20.0  # near the lowest WER on real and synthetic unseen voices
+LM_WEIGHT, WORD_BONUS, UNKNOWN_PENALTY = 1.0, 0.5, 20.0  # near the lowest WER on real and synthetic unseen voices
+BLANK_PENALTY = 1.0  # likewise; benchmarks/README.md has the table
 
 BEAM_WIDTH = 40
 """Prefixes that are kept. 64 take nearly twice as long and save up to 0.7 points of WER."""
@@ -54,9 +56,10 @@ def beam_search(
 class BeamSearch:
     """The search with its options, and what it has learnt of the vocabulary: make one, call it for every utterance.
 
-    Without `lm` its weight, bonus and penalty count for nothing. `hotwords` gives words, and phrases of several, a
-    score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried there
-    unless it is the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either off.
+    Without `lm` its weight, bonus and both penalties count for nothing. `hotwords` gives words, and phrases of several,
+    a score, added for each time that one is said. A label less likely than `token_min_logp` in a frame is not tried
+    there unless it is the likeliest; a prefix that scores `beam_min_logp` below the best is dropped: -inf turns either
+    off.
     None is -16 times the weight of the language model, at most -8: no worse on held-out speech than twice as much.
     Raises UsageError for a hotword that cannot be said or has no number for its weight, and for a beam without width.
     """
@@ -70,6 +73,7 @@ class BeamSearch:
         lm_weight: float = LM_WEIGHT,
         word_bonus: float = WORD_BONUS,
         unknown_penalty: float = UNKNOWN_PENALTY,
+        blank_penalty: float = BLANK_PENALTY,
         hotwords: Mapping[str, float] | None = None,
         token_min_logp: float = -5.0,
         beam_min_logp: float | None = None,
@@ -79,13 +83,15 @@ class BeamSearch:
         self._scorer = _Scorer(lm, labels, lm_weight, word_bonus, unknown_penalty, hotwords or {})
         if beam_min_logp is None:
             beam_min_logp = -16.0 * max(0.5, lm_weight)  # the more the language model weighs, the more scores spread
+        self._blank_penalty = blank_penalty if lm else 0.0
         self._width, self._token_min_logp, self._beam_min_logp = beam_width, token_min_logp, beam_min_logp
 
     def __call__(self, log_probs: NDArray[np.floating], length: int) -> list[Hypothesis]:
         """The best texts of log_probs float [T', n_classes], best first; frames from `length` on are padding."""
         scorer = self._scorer
         beam, offset = [scorer.root()], 0.0
-        for number, frame in enumerate(_frames(log_probs[:length], self._token_min_logp)):
+        rows = _with_less_blank(log_probs[:length].astype(np.float64), self._blank_penalty)
+        for number, frame in enumerate(_frames(rows, self._token_min_logp)):
             ranked = _extend(beam, number, frame, scorer)
             beam, scale = _prune(ranked, self._width, self._beam_min_logp, scorer)
             offset += frame.offset + scale
@@ -310,8 +316,16 @@ class _Frame:
     offset: float
 
 
-def _frames(log_probs: NDArray[np.floating], token_min_logp: float) -> Iterator[_Frame]:
-    rows = log_probs.astype(np.float64)
+def _with_less_blank(rows: NDArray[np.float64], penalty: float) -> NDArray[np.float64]:
+    """Log-probabilities [T', n_classes] whose last class is e^-penalty times as likely beside the others."""
+    if not penalty:
+        return rows
+    rows[:, -1] -= penalty
+    normalised: NDArray[np.float64] = rows - np.logaddexp.reduce(rows, axis=1, keepdims=True)
+    return normalised
+
+
+def _frames(rows: NDArray[np.float64], token_min_logp: float) -> Iterator[_Frame]:
     offsets = rows.max(axis=1, keepdims=True)
     probs = np.exp(rows - offsets)
     tried = (rows > token_min_logp) | (rows == offsets)

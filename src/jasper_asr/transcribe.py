@@ -50,6 +50,7 @@ class BeamOptions:
     lm_weight: float | None = None
     word_bonus: float | None = None
     unknown_penalty: float | None = None
+    blank_penalty: float | None = None
     hotwords: Mapping[str, float] | None = None
 
 
@@ -535,6 +536,7 @@ def _beam_decoder(options: BeamOptions, lm: "NgramModel | None", config: ModelCo
         "lm_weight": options.lm_weight,
         "word_bonus": options.word_bonus,
         "unknown_penalty": options.unknown_penalty,
+        "blank_penalty": options.blank_penalty,
     }
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     search = BeamSearch(config.labels, lm=lm, hotwords=options.hotwords, **chosen)

@@ -86,6 +86,9 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--unknown-penalty", type=float, help="Taken off for each word that the language model does not know."
             ),
             click.option(
+                "--blank-penalty", type=float, help="Taken off the blank's log-probability: fewer words are left out."
+            ),
+            click.option(
                 "--hotword",
                 "hotwords",
                 multiple=True,
@@ -122,7 +125,7 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     """Takes the beam search's options out of `options`; None if none was given."""
     from jasper_asr.transcribe import BUILTIN_LMS, BeamOptions
 
-    weights = ("lm_weight", "word_bonus", "unknown_penalty")
+    weights = ("lm_weight", "word_bonus", "unknown_penalty", "blank_penalty")
     names = {"lm": "lm", "beam_width": "width", **{name: name for name in weights}}
     popped = {new: options.pop(old, None) for old, new in names.items()}
     given = {name: value for name, value in popped.items() if value is not None}
@@ -135,7 +138,7 @@ def _beam(model: str, options: dict[str, Any]) -> "BeamOptions | None":
     if given.get("lm") == "none":
         del given["lm"]
     if "lm" not in given and given.keys() & set(weights):
-        raise UsageError("--lm-weight, --word-bonus and --unknown-penalty need --lm")
+        raise UsageError("--lm-weight, --word-bonus, --unknown-penalty and --blank-penalty need --lm")
     return BeamOptions(**given)
 
 

@@ -35,7 +35,7 @@ def tune_lm(
     from jasper_asr import tune
 
     lm = _language_model(options)
-    fixed = {name: options.pop(name) for name in ("beam_width", "unknown_penalty")}
+    fixed = {name: options.pop(name) for name in ("beam_width", "unknown_penalty", "blank_penalty")}
     fixed = {name: value for name, value in fixed.items() if value is not None}
     rows = read_manifests(manifest, audio_root, allow_outside_root)
     with load_model(options | {"greedy": True}) as transcriber, progress("listening", len(rows), "clips") as advance:
