@@ -427,8 +427,8 @@ def _phoneme_loss(log_probs: Tensor, lens: Tensor, batch: Batch, lexicon: Lexico
 def _consistency_loss(log_probs: Tensor, lens: Tensor, labels: int) -> Tensor:
     """How far two views of an utterance, the halves of a batch, are from one another, in nats a label of both.
 
-    Yao et al., "CR-CTC: consistency regularization on CTC for improved speech recognition", arXiv 2410.05101,
-    equation 3: Kullback-Leibler divergences frame by frame, each view's from the other as a fixed target, summed.
+    Yao et al., "CR-CTC: consistency regularization on CTC for improved speech recognition", arXiv 2410.05101:
+    Kullback-Leibler divergences frame by frame, each view's from the other as a fixed target, summed.
     """
     other = log_probs.detach().roll(len(log_probs) // 2, 0)
     divergence = (other.exp() * (other - log_probs)).sum(2)
