@@ -16,13 +16,15 @@ import numpy as np
 from jasper_asr.audio import SAMPLE_RATE, write_wav
 
 CHILD = """
-import resource, sys, time
+import sys, time
 import jasper_asr
 with jasper_asr.load(sys.argv[1], sys.argv[2], greedy=True, threads=int(sys.argv[3])) as transcriber:
     started = time.perf_counter()
     transcriber.transcribe(sys.argv[4])
     seconds = time.perf_counter() - started
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds)
+# VmHWM is of this program alone; ru_maxrss would begin with the peak of the process that started it
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024, seconds)
 """
 
 
