@@ -137,11 +137,11 @@ def test_an_approximate_halo_changes_little_and_is_the_users_choice():
 
 
 @pytest.mark.slow
-def test_memory_of_twenty_minutes_is_that_of_ten():
-    """Peak memory above the samples, each length in a process of its own (benchmarks/memory.py): flat in windows."""
+def test_memory_of_twenty_minutes_is_that_of_two():
+    """Peak memory above the samples, each length in a process of its own: within 1.3 times (benchmarks/memory.py)."""
     script = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-    argv = [sys.executable, script, "--seconds", "600", "1200"]
+    argv = [sys.executable, script, "--seconds", "120", "1200"]
     table = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [row.split("|")[1].strip() for row in table[-2:]] == ["600 s", "1200 s"]
-    ten, twenty = (float(row.split("|")[3]) for row in table[-2:])
-    assert 0.9 < twenty / ten < 1.1
+    ratio = float(table[-1].split("|")[4])
+    assert table[-1].startswith("| 1200 s")
+    assert 0.9 < ratio < 1.3

@@ -58,6 +58,8 @@ def _open(model: Path | bytes, name: str, threads: int | None, provider: Provide
     options.log_severity_level = 4  # its complaints arrive as exceptions, once
     # threads that wait in a loop take the cores from those that read, decode and search meanwhile
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # a plan of a shape's buffers is a second set of them from its second run on: long audio took 1.44 times the memory
+    options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
     if isinstance(model, Path):
