@@ -1,6 +1,7 @@
 import itertools
 import math
 from itertools import groupby
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -287,6 +288,43 @@ def test_unlikely_labels_are_left_out_but_the_likeliest_is_always_tried():
     assert "b" in {each.text for each in found}  # blank, b
     assert "ba" not in {each.text for each in found}
     assert "ba" in {each.text for each in beam_search(log_probs, 2, ("a", "b"), token_min_logp=-math.inf)}
+
+
+@given(st.integers(1, 30), st.integers(0, 2**32 - 1), st.integers(1, 8), st.floats(0, 6), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_letters_that_are_left_out_would_not_have_survived(frames, seed, width, word_bonus, hot):
+    """Also where a bonus makes the letters of words welcome, and those of a hotword are worth more one by one."""
+    log_probs = random_log_probs(seed, frames, len(FEW) + 1, spread=4.0)
+    hotwords = {"bab": 5.0, "a b": 3.0} if hot else {}
+    options = {"lm": LM, "beam_width": width, "word_bonus": word_bonus, "unknown_penalty": 2.0, "hotwords": hotwords}
+    found = beam_search(log_probs, frames, FEW, **options)
+    extend = beam._extend
+    with mock.patch.object(beam, "_extend", lambda *args: extend(*args[:3], -math.inf, args[4])):
+        expected = beam_search(log_probs, frames, FEW, **options)
+    assert [each.text for each in found] == [each.text for each in expected]
+    assert [each.score for each in found] == pytest.approx([each.score for each in expected])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 8))
+@settings(max_examples=30, deadline=None)
+def test_frames_of_blanks_change_no_prefix(seed, quiet):
+    """What such a frame does is what any frame does, and its cheaper way gives the same texts as the long one."""
+    loud = random_log_probs(seed, 6, len(FEW) + 1)
+    blank = np.log(np.array([[0.003, 0.002, 0.001, 0.994]]))
+    log_probs = np.concatenate([loud[:3], np.repeat(blank, quiet, axis=0), loud[3:]])
+    options = {"lm": LM, "beam_width": 10**9, "beam_min_logp": -math.inf, "blank_penalty": 0.0}
+    scorer = BeamSearch(FEW, **options)._scorer
+    prefixes, offset = [scorer.root()], 0.0
+    for number, frame in enumerate(beam._frames(log_probs, -5.0)):
+        assert not (frame.choices and 3 <= number < 3 + quiet)
+        ranked = beam._extend(prefixes, number, frame, -math.inf, scorer)
+        prefixes, scale, _ = beam._prune(ranked, 10**9, -math.inf, scorer)
+        offset += frame.offset + scale
+    expected = beam._finish(prefixes, offset, scorer)
+    found = beam_search(log_probs, len(log_probs), FEW, **options)
+    assert {each.text: pytest.approx(each.score, abs=1e-9) for each in found} == {
+        each.text: each.score for each in expected
+    }
 
 
 def test_long_audio_neither_underflows_nor_keeps_what_is_over(monkeypatch):

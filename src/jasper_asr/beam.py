@@ -21,7 +21,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,10 +91,15 @@ class BeamSearch:
         scorer = self._scorer
         beam, offset = [scorer.root()], 0.0
         rows = _with_less_blank(log_probs[:length].astype(np.float64), self._blank_penalty)
+        floor = -math.inf  # what a prefix scores at least that is kept, if the frame is all blank
         for number, frame in enumerate(_frames(rows, self._token_min_logp)):
-            ranked = _extend(beam, number, frame, scorer)
-            beam, scale = _prune(ranked, self._width, self._beam_min_logp, scorer)
-            offset += frame.offset + scale
+            offset += frame.offset
+            if frame.choices:
+                ranked = _extend(beam, number, frame, floor, scorer)
+                beam, scale, floor = _prune(ranked, self._width, self._beam_min_logp, scorer)
+                offset += scale
+            else:
+                _stay(beam, frame, scorer.space)
             if number % _TIDY_EVERY == _TIDY_EVERY - 1:
                 _forget_dead_ends(beam)
         return _finish(beam, offset, scorer)
@@ -201,6 +206,8 @@ class _Scorer:
         self.space = labels.index(" ") if " " in labels else -1
         self.words: Sequence[str] = lm.words if lm else ()
         self.unknown = lm.word_id(UNKNOWN) if lm else -1
+        # what a letter may add to the promise of its word, which hotwords raise letter by letter, others never
+        self.surprise = math.inf if hotwords else max(0.0, self.ahead("", 0, len(self.words)))
         self.empty = _Spelling("", 0, len(self.words), 0.0)
         self.spellings = 0
 
@@ -304,8 +311,7 @@ def _check_hotwords(hotwords: Mapping[str, float], labels: Sequence[str]) -> Non
             raise UsageError(f"hotword {words!r}: its weight {weight} must be a number")
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
+class _Frame(NamedTuple):
     """Probabilities of all classes in one frame, relative to the likeliest, and the labels worth trying.
 
     `offset` is the likeliest's log-probability.
@@ -328,9 +334,12 @@ def _with_less_blank(rows: NDArray[np.float64], penalty: float) -> NDArray[np.fl
 def _frames(rows: NDArray[np.float64], token_min_logp: float) -> Iterator[_Frame]:
     offsets = rows.max(axis=1, keepdims=True)
     probs = np.exp(rows - offsets)
-    tried = (rows > token_min_logp) | (rows == offsets)
-    for row, chosen, offset in zip(probs.tolist(), tried[:, :-1], offsets[:, 0].tolist(), strict=True):
-        yield _Frame(row, [(label, row[label]) for label in np.flatnonzero(chosen).tolist()], offset)
+    tried = ((rows > token_min_logp) | (rows == offsets))[:, :-1]
+    numbers, labels = np.nonzero(tried)
+    choices = list(zip(labels.tolist(), probs[numbers, labels].tolist(), strict=True))
+    ends = np.cumsum(tried.sum(axis=1)).tolist()
+    for row, first, end, offset in zip(probs.tolist(), [0, *ends], ends, offsets[:, 0].tolist(), strict=False):
+        yield _Frame(row, choices[first:end], offset)
 
 
 _Ranked = tuple[float, _Prefix, int, float]
@@ -339,10 +348,23 @@ made, and the child's probability. Most are never made: they do not survive the 
 """
 
 
-def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer) -> list[_Ranked]:
-    """All that frame `number` can make of `beam`, the `next_*` of existing prefixes complete."""
+def _stay(beam: Sequence[_Prefix], frame: _Frame, space: int) -> None:
+    """A frame in which the blank alone is likely: every prefix stays what it is, and as good as it was."""
+    probs, p_blank = frame.probs, frame.probs[-1]
+    for prefix in beam:
+        total, last = prefix.p_blank + prefix.p_label, prefix.label
+        prefix.p_label = total * probs[space] if last == space else prefix.p_label * probs[last]
+        prefix.p_blank = total * p_blank
+
+
+def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, floor: float, scorer: _Scorer) -> list[_Ranked]:
+    """What frame `number` can make of `beam`, the `next_*` of existing prefixes complete.
+
+    As many prefixes as are kept score `floor` and more with the blank of this frame: what scores less is left out.
+    """
     space, choices, probs, p_blank = scorer.space, frame.choices, frame.probs, frame.probs[-1]
     p_space = probs[space] if space >= 0 else 0.0
+    floor = floor + math.log(p_blank) - scorer.surprise if p_blank else -math.inf
     active: list[_Prefix] = []
     ranked: list[_Ranked] = []
     for prefix in beam:
@@ -354,7 +376,8 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
         # where a word is yet to begin, spaces change nothing, with blanks between them or not
         prefix.next_label += total * p_space if last == space else prefix.p_label * probs[last]
         hope, settled, spelling = prefix.hope, prefix.settled, prefix.spelling
-        children, spellings = prefix.children, prefix.spelling.children
+        children, spellings = prefix.children, spelling.children
+        least = math.exp(floor - prefix.promise)
         for label, prob in choices:
             if label == last:
                 if label == space or not blank:
@@ -368,12 +391,12 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
                     child.frame, child.next_blank, child.next_label = number, 0.0, 0.0
                     active.append(child)
                 child.next_label += gain
-            elif gain:
-                if label == space:
+            elif label == space:
+                if gain:
                     _, score, _, hope_then = scorer.ended(prefix)
-                    promise = score + hope_then
-                else:
-                    promise = (spellings.get(label) or scorer.spell(spelling, label)).ahead + hope
+                    ranked.append((math.log(gain) + settled + score + hope_then, prefix, label, gain))
+            elif gain > least:
+                promise = (spellings.get(label) or scorer.spell(spelling, label)).ahead + hope
                 ranked.append((math.log(gain) + settled + promise, prefix, label, gain))
     for prefix in active:
         if total := prefix.next_blank + prefix.next_label:
@@ -381,12 +404,15 @@ def _extend(beam: Sequence[_Prefix], number: int, frame: _Frame, scorer: _Scorer
     return ranked
 
 
-def _prune(ranked: list[_Ranked], width: int, min_logp: float, scorer: _Scorer) -> tuple[list[_Prefix], float]:
-    """The best of `ranked`, made current, and the logarithm of what their probabilities were divided by."""
+def _prune(ranked: list[_Ranked], width: int, min_logp: float, scorer: _Scorer) -> tuple[list[_Prefix], float, float]:
+    """The best of `ranked`, made current, the logarithm of what their probabilities were divided by, and their floor:
+    what each would have to score, had they to be chosen again.
+    """
     ranked.sort(key=itemgetter(0), reverse=True)
     least = ranked[0][0] + min_logp
     kept = [item for item in ranked[:width] if item[0] >= least]
     scale = max(prob for _, _, _, prob in kept)
+    floor = kept[-1][0] if len(kept) == width else least
     beam = []
     for _, prefix, label, prob in kept:
         if label >= 0:
@@ -394,7 +420,8 @@ def _prune(ranked: list[_Ranked], width: int, min_logp: float, scorer: _Scorer) 
             prefix.next_label = prob
         prefix.p_blank, prefix.p_label = prefix.next_blank / scale, prefix.next_label / scale
         beam.append(prefix)
-    return beam, math.log(scale)
+    offset = math.log(scale)
+    return beam, offset, floor - offset
 
 
 def _forget_dead_ends(beam: Sequence[_Prefix]) -> None:
