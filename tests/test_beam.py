@@ -312,7 +312,7 @@ def test_frames_of_blanks_change_no_prefix(seed, quiet):
     loud = random_log_probs(seed, 6, len(FEW) + 1)
     blank = np.log(np.array([[0.003, 0.002, 0.001, 0.994]]))
     log_probs = np.concatenate([loud[:3], np.repeat(blank, quiet, axis=0), loud[3:]])
-    options = {"lm": LM, "beam_width": 10**9, "beam_min_logp": -math.inf, "blank_penalty": 0.0}
+    options = {"lm": LM, "beam_width": 10**9, "beam_min_logp": -math.inf, "token_min_logp": -5.0, "blank_penalty": 0.0}
     scorer = BeamSearch(FEW, **options)._scorer
     prefixes, offset = [scorer.root()], 0.0
     for number, frame in enumerate(beam._frames(log_probs, -5.0)):
@@ -399,13 +399,11 @@ def test_trials_of_tuning():
     rows = [between("the kad", "the cat", 0.985), between("a zip", "a cat", 0.99)]
     references = ["the cat", "a zip"]
     grid = [(0.0, 0.0), (1.0, 1.0), (1.2, 1.0), (6.0, 1.0)]
+    options = {"lm": ENGLISH, "unknown_penalty": 6.0, "token_min_logp": -5.0}  # the letters of cat have 1 and 1.5 %
     texts = [
-        [
-            beam_search(r, len(r), LABELS, lm=ENGLISH, lm_weight=weight, word_bonus=bonus, unknown_penalty=6.0)[0].text
-            for r in rows
-        ]
+        [beam_search(r, len(r), LABELS, lm_weight=weight, word_bonus=bonus, **options)[0].text for r in rows]
         for weight, bonus in grid
     ]
     assert texts == [["the kad", "a zip"], references, references, ["the cat", "a cat"]]
-    trials = list(tune(rows, references, LABELS, ENGLISH, grid, unknown_penalty=6.0))
+    trials = list(tune(rows, references, LABELS, grid=grid, **options))
     assert trials == [Trial(0.0, 0.0, 0.25), Trial(1.0, 1.0, 0.0), Trial(1.2, 1.0, 0.0), Trial(6.0, 1.0, 0.25)]

@@ -23,7 +23,7 @@ def test_demo_shows_every_clip_and_the_gate_holds():
         assert f"{row.audio_filepath} ({row.speaker}, {row.duration:.1f} s, WER " in out
         assert f"reference   {row.text}" in out
     assert out.count("hypothesis  ") == len(rows) == 12
-    assert re.search(r"1\. Graph .* 4,505,021 parameters, opset 13, feats \[B, 64, T\]", out)
+    assert re.search(r"1\. Graph .* 8,935,453 parameters, opset 13, feats \[B, 64, T\]", out)
     assert "real-time factor" in out
     gate = json.loads((MINI / "gate.json").read_text())
     wer = float(re.search(r"3\. Score +WER ([\d.]+) %", out)[1])
