@@ -47,7 +47,10 @@ def test_a_gate_that_is_not_met_is_exit_7(monkeypatch, tmp_path):
 def test_clips_are_of_six_voices_and_small():
     rows = read_manifest(MINI / "clips" / "manifest.jsonl")
     assert len({row.speaker for row in rows}) == 6
-    assert sum(path.stat().st_size for path in MINI.rglob("*")) < 20_000_000
+    sizes = {path.name: path.stat().st_size for path in MINI.rglob("*")}
+    assert sizes.pop("weights.safetensors") < 20_000_000
+    assert sizes.pop("words.lm") < 8_000_000
+    assert sum(sizes.values()) < 1_000_000
 
 
 @pytest.mark.parametrize("batch_size", [4, 12])
